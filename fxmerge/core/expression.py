@@ -1,0 +1,159 @@
+"""An affine stretch of a network as a value: which maps are applied, where paths are added, where they are concatenated.
+
+An expression is a straight-line program, not a tree, because tensors are shared (a residual block uses its input twice): step 0
+is the entry, every later step reads earlier ones, the last is the exit. Every question about a segment is one fold over it:
+its geometry here, its kernel in :mod:`fxmerge.algebra.affine`, its text in :meth:`Expression.__str__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, TypeAlias, TypeVar
+
+from fxmerge.core.geometry import Geometry
+
+T = TypeVar("T")
+
+#: Extra pixels of a tensor, (before, after) on every axis.
+Halo: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of an expression.
+
+    Args:
+        name: the graph node that computes it.
+        kind: ``entry`` (no operand), ``apply`` (one map on one operand), ``sum`` or ``concat`` (several operands).
+        operands: indices of earlier steps.
+        geometry: the map that is applied, or for the entry the identity on its channels; None for sum and concat.
+        role: what is applied: a ``convolution`` may be pruned, a ``norm`` goes with the convolution before it.
+    """
+
+    name: str
+    kind: Literal["entry", "apply", "sum", "concat"]
+    operands: tuple[int, ...] = ()
+    geometry: Geometry | None = None
+    role: Literal["convolution", "norm", "other"] = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A straight-line affine program from its entry to its exit (see the module's text)."""
+
+    steps: tuple[Step, ...]
+
+    def fold(
+        self,
+        *,
+        entry: Callable[[Step], T],
+        apply: Callable[[Step, T], T],
+        add: Callable[[T, T], T],
+        concat: Callable[[T, T], T],
+    ) -> tuple[T, ...]:
+        """The value of every step, given what each kind of step does with the values of its operands."""
+        values: list[T] = []
+        for step in self.steps:
+            operands = [values[i] for i in step.operands]
+            if step.kind == "entry":
+                values.append(entry(step))
+            elif step.kind == "apply":
+                values.append(apply(step, operands[0]))
+            else:
+                values.append(reduce(add if step.kind == "sum" else concat, operands))
+        return tuple(values)
+
+    def geometries(self) -> tuple[Geometry, ...]:
+        """The geometry of the map from the entry to each step.
+
+        Raises:
+            ValueError: paths of different strides or channels meet.
+        """
+        return self.fold(
+            entry=_own_geometry,
+            apply=lambda step, before: before.then(_own_geometry(step)),
+            add=Geometry.plus,
+            concat=Geometry.concat,
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry of the one convolution that computes the exit from the entry."""
+        return self.geometries()[-1]
+
+    @property
+    def convolutions(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.role == "convolution")
+
+    def halos(self) -> tuple[Halo, ...]:
+        """Extra pixels that each step must deliver, (before, after) on every axis, so that nothing inside needs padding.
+
+        Walks back from the exit: a map of stride s and padding (lo, hi) that owes (before, after) asks its operand for
+        (s*before + lo, s*after + hi); a tensor with several readers owes the most that any asks for. Never negative.
+        """
+        owed = [((0, 0),) * len(_own_geometry(self.steps[0]).axes)] * len(self.steps)
+        for index in range(len(self.steps) - 1, 0, -1):
+            step = self.steps[index]
+            asked = asked_of_operand(step, owed[index])
+            for i in step.operands:
+                owed[i] = tuple((max(a, c), max(b, d)) for (a, b), (c, d) in zip(owed[i], asked, strict=True))
+        return tuple(owed)
+
+    def keeps_borders(self) -> bool:
+        """Whether moving all padding to the entry leaves the function as it is, borders included.
+
+        It does where every tensor that is padded inside is zero outside the image anyway: it was computed from the entry by
+        maps of one tap without bias or padding. (RepVGG's parallel branches, anything after a 1x1 without bias.)
+        """
+        halos = self.halos()
+        vanishing = self.fold(
+            entry=lambda step: True,
+            apply=lambda step, before: before and _own_geometry(step).pointwise and not _own_geometry(step).bias,
+            add=lambda a, b: a and b,
+            concat=lambda a, b: a and b,
+        )
+        return all(
+            zero_outside or all(h == (0, 0) for h in halo) for zero_outside, halo in zip(vanishing, halos, strict=True)
+        )
+
+    def without(self, names: Collection[str]) -> Expression:
+        """This expression with the named maps replaced by identities."""
+        position: dict[int, int] = {}
+        kept: list[Step] = []
+        for index, step in enumerate(self.steps):
+            operands = tuple(position[i] for i in step.operands)
+            if step.name in names and step.kind == "apply":
+                position[index] = operands[0]
+            else:
+                position[index] = len(kept)
+                kept.append(Step(step.name, step.kind, operands, step.geometry, step.role))
+        # Dropping the last step can leave the exit in the middle; nothing behind it is read any more.
+        return Expression(tuple(kept[: position[len(self.steps) - 1] + 1]))
+
+    def __str__(self) -> str:
+        return self.fold(
+            entry=lambda step: "x",
+            apply=lambda step, before: step.name if before == "x" else f"{before} > {step.name}",
+            add=lambda a, b: f"({a} + {b})",
+            concat=lambda a, b: f"[{a} | {b}]",
+        )[-1]
+
+
+def asked_of_operand(step: Step, halo: Halo) -> Halo:
+    """The halo that a step needs on its operands to deliver its own, (before, after) on every axis.
+
+    Negative where the step reads less than the operand: a slice that starts at 1 does not want pixel 0.
+    """
+    if step.kind != "apply":
+        return halo
+    return tuple(
+        (axis.stride * before + axis.padding[0], axis.stride * after + axis.padding[1])
+        for axis, (before, after) in zip(_own_geometry(step).axes, halo, strict=True)
+    )
+
+
+def _own_geometry(step: Step) -> Geometry:
+    assert step.geometry is not None, f"step {step.name} of kind {step.kind} has no geometry"
+    return step.geometry

@@ -1,0 +1,166 @@
+"""What can be merged, how, and what cannot: segments, candidates and refusals, as values that name graph nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, get_args
+
+from fxmerge.core.expression import Expression
+from fxmerge.core.geometry import Geometry
+from fxmerge.errors import PlanError
+
+Kind = Literal["composed", "fitted", "identity"]
+
+
+class Reason(str, Enum):
+    """Why something cannot be merged. The values are what ``explain`` prints."""
+
+    OPAQUE = "opaque node"
+    BATCH_STATISTICS = "norm without running statistics, or that depends on its input"
+    SHARED = "module or parameter used more than once"
+    USED_OUTSIDE = "tensor used outside"
+    STRIDES = "paths with different strides meet"
+    CHANNELS = "paths with different channels meet"
+    PADDING_MODE = "padding mode other than zeros"
+    SHAPE = "shape is not known or not that of an image"
+    SOLE = "nothing to merge with"
+    TOO_LARGE = "kernel larger than allowed"
+    COMPUTED_WEIGHT = "weight computed from other tensors"
+    HOOKED = "module with forward hooks"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A node, or a stretch up to a node, that cannot be merged, and why.
+
+    Args:
+        node: name of the graph node.
+        reason: one of a documented list.
+        detail: what was found there.
+        advice: what would help; may be empty.
+        target: the qualified module name or function, as a user would find it in the model.
+        source: file and line of the user's code, where known.
+    """
+
+    node: str
+    reason: Reason
+    detail: str = ""
+    advice: str = ""
+    target: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.node}: {self.reason.value}"
+        return f"{text} ({self.detail})" if self.detail else text
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch between two cuts that holds only affine nodes and activations.
+
+    Args:
+        entry: the tensor (name of its node) that enters.
+        exit: the last affine tensor, before the activation that is kept, if there is one.
+        end: the cut that closes the segment: ``exit``, or the kept activation behind it.
+        nodes: every node after the entry up to ``end``, in graph order.
+        activations: the activations inside, which a merge removes; the kept one is not among them.
+        expression: what the stretch computes once the activations inside are gone.
+    """
+
+    entry: str
+    exit: str
+    end: str
+    nodes: tuple[str, ...]
+    activations: tuple[str, ...]
+    expression: Expression
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        return tuple(step.name for step in self.expression.convolutions)
+
+    def __str__(self) -> str:
+        return f"{self.entry} -> {self.end}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to merge a segment into one convolution.
+
+    Args:
+        entry, exit, end: as in :class:`Segment`.
+        kind: ``composed`` (the remaining maps, multiplied out), ``fitted`` (one convolution whose weights are fitted to data)
+            or ``identity`` (the exit becomes the entry).
+        geometry: of the one convolution.
+        activations: names of the activations removed.
+        removed: names of the pruned convolutions and their norms (composed only).
+        exact: whether the function of the original is kept, borders included.
+    """
+
+    entry: str
+    exit: str
+    end: str
+    kind: Kind
+    geometry: Geometry
+    activations: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    exact: bool = False
+
+    @property
+    def id(self) -> str:
+        """A name for this candidate, the same in every run; the key of tables.
+
+        >>> from fxmerge.core.geometry import Geometry
+        >>> Candidate("x", "add", "relu", "identity", Geometry.identity(8, 2)).id
+        'x->relu identity'
+        """
+        if self.kind == "identity":
+            return f"{self.entry}->{self.end} identity"
+        text = f"{self.entry}->{self.end} {self.kind} {self.geometry}"
+        return f"{text} without {','.join(self.removed)}" if self.removed else text
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that ``json`` can write and :meth:`from_json` reads back."""
+        return {
+            "entry": self.entry,
+            "exit": self.exit,
+            "end": self.end,
+            "kind": self.kind,
+            "geometry": self.geometry.to_json(),
+            "activations": list(self.activations),
+            "removed": list(self.removed),
+            "exact": self.exact,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Candidate:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: it is not such a value.
+        """
+        try:
+            names = [data["entry"], data["exit"], data["end"], *data["activations"], *data["removed"]]
+            if data["kind"] not in get_args(Kind) or not all(isinstance(name, str) for name in names):
+                raise ValueError("unknown kind, or a name that is no string")
+            return cls(
+                data["entry"],
+                data["exit"],
+                data["end"],
+                data["kind"],
+                Geometry.from_json(data["geometry"]),
+                tuple(data["activations"]),
+                tuple(data["removed"]),
+                bool(data["exact"]),
+            )
+        except (KeyError, TypeError, ValueError) as fault:
+            raise PlanError(f"not a candidate: {fault!r} in {data!r}") from fault
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A segment with the ways to merge it."""
+
+    segment: Segment
+    candidates: tuple[Candidate, ...] = field(default=())

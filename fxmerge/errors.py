@@ -1,0 +1,88 @@
+"""Everything fxmerge raises, as one small tree under :class:`FxMergeError`.
+
+Refusing to merge is not an error: it is a :class:`fxmerge.core.segment.Refusal`, a value. An error means that a contract was
+broken: the input cannot be used, a file is damaged, a budget cannot be met. Every error also subclasses the builtin a caller
+would catch, and carries its facts as attributes.
+"""
+
+from __future__ import annotations
+
+
+class FxMergeError(Exception):
+    """Base of all errors that fxmerge raises on purpose."""
+
+
+class TraceError(FxMergeError, TypeError):
+    """The model cannot be turned into a graph (not a module, control flow on values, inputs it rejects)."""
+
+
+class InputError(FxMergeError, ValueError):
+    """A value given by the caller cannot be used: a budget, a calibration set, an option."""
+
+
+class CalibrationError(InputError):
+    """The calibration data is empty, has the wrong shape, or is not finite."""
+
+
+class NotFiniteError(FxMergeError, ArithmeticError):
+    """A weight, an input or a result is NaN or infinite.
+
+    Attributes:
+        where: the qualified name of the tensor.
+    """
+
+    def __init__(self, message: str, *, where: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+class NothingToMergeError(FxMergeError, LookupError):
+    """The network holds nothing that could be merged, for the reasons that its refusals give."""
+
+
+class BudgetError(FxMergeError, ValueError):
+    """No plan meets the budget.
+
+    Attributes:
+        asked_ns: the latency asked for, in nanoseconds.
+        fastest_ns: the latency of the fastest plan there is, in nanoseconds.
+    """
+
+    def __init__(self, message: str, *, asked_ns: int, fastest_ns: int) -> None:
+        super().__init__(message)
+        self.asked_ns = asked_ns
+        self.fastest_ns = fastest_ns
+
+
+class PlanError(FxMergeError, ValueError):
+    """A plan (or another of our files) is damaged, or of a format that this version does not read."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan does not belong to this graph.
+
+    Attributes:
+        node: the name of the first node that does not fit, or None where the whole graph differs.
+    """
+
+    def __init__(self, message: str, *, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+class PassError(FxMergeError, RuntimeError):
+    """A pass found its precondition unmet, or did not keep its promise; the message names the pass and the node."""
+
+
+class NotEquivalentError(FxMergeError, AssertionError):
+    """Two modules that must agree do not.
+
+    Attributes:
+        error: the largest absolute difference over the largest absolute value of the reference.
+        tolerance: what was allowed.
+    """
+
+    def __init__(self, message: str, *, error: float, tolerance: float) -> None:
+        super().__init__(message)
+        self.error = error
+        self.tolerance = tolerance
