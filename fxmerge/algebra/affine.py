@@ -1,0 +1,167 @@
+r"""Affine maps with their numbers, and how they compose; tensors only.
+
+    y[p] = sum_t K[t] x[s*p + o + d*t] + b
+
+chain   K = conv_transpose(K2, K1), the taps of K2 set s1*d2 apart, those of K1 d1 apart;  b = b2 + K2.sum(taps) @ b1
+sum     kernels aligned at the output pixel and added;  biases added
+concat  kernels aligned and stacked on output channels
+Sizes, offsets and strides are :mod:`fxmerge.core.geometry`'s. Groups stay groups: operands are brought to the greatest common
+divisor of their group counts, which is as fine a partition as both respect. Everything is float64; the caller casts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxmerge.core.expression import Expression, Step
+from fxmerge.core.geometry import Axis, Geometry
+
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A geometry with its numbers.
+
+    Args:
+        geometry: sizes.
+        weight: float64, (C_out, C_in/groups, *kernel).
+        bias: float64, (C_out,); zeros where the geometry has none.
+    """
+
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        if tuple(self.weight.shape) != self.geometry.weight_shape:
+            raise ValueError(f"{self.geometry} needs a weight of {self.geometry.weight_shape}, found {tuple(self.weight.shape)}")
+
+    @classmethod
+    def of(cls, geometry: Geometry, weight: Tensor, bias: Tensor | None = None) -> Affine:
+        """A map from tensors of any float dtype, taken to float64; they are not part of any autograd graph."""
+        weight = weight.detach().double()
+        bias = weight.new_zeros(geometry.out_channels) if bias is None else bias.detach().double()
+        return cls(geometry, weight, bias)
+
+    @classmethod
+    def identity(cls, channels: int, dims: int) -> Affine:
+        return cls.of(Geometry.identity(channels, dims), torch.ones(channels, *(1,) * (dims + 1), dtype=torch.float64))
+
+    def then(self, second: Affine) -> Affine:
+        """This map followed by another."""
+        geometry = self.geometry.then(second.geometry)
+        groups = geometry.groups
+        one, two = self.regrouped(groups), second.regrouped(groups)
+        c_out, c_in = geometry.out_channels, geometry.in_channels
+        # (C2, C1/g, taps) -> a batch of C2/g images of g*C1/g = C1 channels, so that one grouped call composes all groups.
+        images = two.weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+        composed = _TRANSPOSED[len(geometry.axes)](
+            images,
+            one.weight,
+            stride=tuple(a.stride * b.dilation for a, b in self._axes_with(second)),
+            dilation=self.geometry.dilation,
+            groups=groups,
+        )
+        taps = tuple(slice(None, None, axis.dilation) for axis in geometry.axes)
+        weight = composed[(slice(None), slice(None), *taps)].unflatten(1, (groups, c_in // groups))
+        weight = weight.transpose(0, 1).reshape(c_out, c_in // groups, *geometry.kernel)
+        return Affine(geometry, weight, two.bias + two._on_constant(self.bias))
+
+    def _axes_with(self, second: Affine) -> list[tuple[Axis, Axis]]:
+        return list(zip(self.geometry.axes, second.geometry.axes, strict=True))
+
+    def _on_constant(self, value: Tensor) -> Tensor:
+        """What this map, without its bias, makes of an image that is constant over space; (C_in,) -> (C_out,)."""
+        sums = self.weight.flatten(2).sum(2).unflatten(0, (self.geometry.groups, -1))
+        return torch.einsum("goi,gi->go", sums, value.view(self.geometry.groups, -1)).flatten()
+
+    def plus(self, other: Affine) -> Affine:
+        """The sum of two maps."""
+        geometry = self.geometry.plus(other.geometry)
+        weight = self._spread(geometry, geometry.groups) + other._spread(geometry, geometry.groups)
+        return Affine(geometry, weight, self.bias + other.bias)
+
+    def concat(self, other: Affine) -> Affine:
+        """The outputs of two maps of the same input, one after the other on channels."""
+        geometry = self.geometry.concat(other.geometry)
+        parts = [part._spread(geometry, 1) for part in (self, other)]
+        return Affine(geometry, torch.cat(parts), torch.cat((self.bias, other.bias)))
+
+    def _spread(self, onto: Geometry, groups: int) -> Tensor:
+        """The weight at ``groups`` groups, on the taps of a geometry that covers this one's."""
+        weight = self.regrouped(groups).weight
+        spread = weight.new_zeros(*weight.shape[:2], *onto.kernel)
+        spread[(slice(None), slice(None), *map(_places, self.geometry.axes, onto.axes))] = weight
+        return spread
+
+    def regrouped(self, groups: int) -> Affine:
+        """The same map written with fewer groups; ``groups`` divides this one's."""
+        mine = self.geometry.groups
+        if groups == mine:
+            return self
+        ratio = mine // groups
+        # (groups, ratio, C_out/mine, C_in/mine, taps): block `ratio` of the outputs reads block `ratio` of the inputs.
+        blocks = self.weight.unflatten(0, (groups, ratio, -1))
+        wide = blocks.new_zeros(groups, ratio, blocks.shape[2], ratio, *blocks.shape[3:])
+        index = torch.arange(ratio, device=blocks.device)
+        wide[:, index, :, index] = blocks.transpose(0, 1)
+        geometry = replace(self.geometry, groups=groups)
+        return Affine(geometry, wide.reshape(geometry.weight_shape), self.bias)
+
+    def resized(self, geometry: Geometry) -> Affine:
+        """The part of this map that fits a smaller kernel or coarser groups: taps and connections outside are dropped."""
+        weight = self.regrouped(1).weight
+        weight = weight[(slice(None), slice(None), *map(_places, geometry.axes, self.geometry.axes))]
+        if geometry.groups > 1:
+            index = torch.arange(geometry.groups, device=weight.device)
+            blocks = weight.unflatten(1, (geometry.groups, -1)).unflatten(0, (geometry.groups, -1))
+            weight = blocks[index, :, index].reshape(geometry.weight_shape)
+        return Affine(geometry, weight.contiguous(), self.bias)
+
+
+def _places(inner: Axis, outer: Axis) -> slice:
+    """Which of the outer axis's taps are the inner's."""
+    first = (inner.offset - outer.offset) // outer.dilation
+    step = inner.dilation // outer.dilation if inner.taps > 1 else 1
+    return slice(first, first + step * (inner.taps - 1) + 1, step)
+
+
+def evaluate(expression: Expression, maps: Mapping[str, Affine]) -> Affine:
+    """The one map that an expression computes.
+
+    Args:
+        expression: of a segment.
+        maps: for every applied step, by its name, the map with its numbers.
+    """
+
+    def entry(step: Step) -> Affine:
+        assert step.geometry is not None
+        device = next(iter(maps.values())).weight.device if maps else None
+        start = Affine.identity(step.geometry.in_channels, len(step.geometry.axes))
+        return replace(start, weight=start.weight.to(device), bias=start.bias.to(device))
+
+    return expression.fold(
+        entry=entry,
+        apply=lambda step, before: before.then(maps[step.name]),
+        add=Affine.plus,
+        concat=Affine.concat,
+    )[-1]
+
+
+def scaling(scale: Tensor, shift: Tensor, dims: int) -> Affine:
+    """x -> scale * x + shift, per channel; scale and shift have shape (C,)."""
+    channels = scale.numel()
+    geometry = replace(Geometry.identity(channels, dims), bias=True)
+    return Affine.of(geometry, scale.reshape(channels, *(1,) * (dims + 1)), shift)
+
+
+def macs_per_output(geometry: Geometry) -> int:
+    """Multiply-adds for one output pixel."""
+    return math.prod(geometry.weight_shape)
