@@ -36,6 +36,18 @@ class NotFiniteError(FxMergeError, ArithmeticError):
         self.where = where
 
 
+class MeasurementError(FxMergeError, RuntimeError):
+    """A module that was to be timed could not be prepared or run; the message names it and the cause.
+
+    Attributes:
+        index: its position among the modules given to the timer.
+    """
+
+    def __init__(self, message: str, *, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class NothingToMergeError(FxMergeError, LookupError):
     """The network holds nothing that could be merged, for the reasons that its refusals give."""
 

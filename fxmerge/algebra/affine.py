@@ -2,7 +2,7 @@ r"""Affine maps with their numbers, and how they compose; tensors only.
 
     y[p] = sum_t K[t] x[s*p + o + d*t] + b
 
-chain   K = conv_transpose(K2, K1), the taps of K2 set s1*d2 apart, those of K1 d1 apart;  b = b2 + K2.sum(taps) @ b1
+chain   K[s1*d2*t2 + d1*t1] += K2[t2] @ K1[t1] for all taps (a transposed convolution of K2 by K1);  b = b2 + K2.sum(taps) @ b1
 sum     kernels aligned at the output pixel and added;  biases added
 concat  kernels aligned and stacked on output channels
 Sizes, offsets and strides are :mod:`fxmerge.core.geometry`'s. Groups stay groups: operands are brought to the greatest common
@@ -11,18 +11,15 @@ divisor of their group counts, which is as fine a partition as both respect. Eve
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Axis, Geometry
-
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +38,9 @@ class Affine:
 
     def __post_init__(self) -> None:
         if tuple(self.weight.shape) != self.geometry.weight_shape:
-            raise ValueError(f"{self.geometry} needs a weight of {self.geometry.weight_shape}, found {tuple(self.weight.shape)}")
+            raise ValueError(
+                f"{self.geometry} needs a weight of {self.geometry.weight_shape}, found {tuple(self.weight.shape)}"
+            )
 
     @classmethod
     def of(cls, geometry: Geometry, weight: Tensor, bias: Tensor | None = None) -> Affine:
@@ -57,25 +56,14 @@ class Affine:
     def then(self, second: Affine) -> Affine:
         """This map followed by another."""
         geometry = self.geometry.then(second.geometry)
-        groups = geometry.groups
-        one, two = self.regrouped(groups), second.regrouped(groups)
-        c_out, c_in = geometry.out_channels, geometry.in_channels
-        # (C2, C1/g, taps) -> a batch of C2/g images of g*C1/g = C1 channels, so that one grouped call composes all groups.
-        images = two.weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-        composed = _TRANSPOSED[len(geometry.axes)](
-            images,
-            one.weight,
-            stride=tuple(a.stride * b.dilation for a, b in self._axes_with(second)),
-            dilation=self.geometry.dilation,
-            groups=groups,
-        )
-        taps = tuple(slice(None, None, axis.dilation) for axis in geometry.axes)
-        weight = composed[(slice(None), slice(None), *taps)].unflatten(1, (groups, c_in // groups))
-        weight = weight.transpose(0, 1).reshape(c_out, c_in // groups, *geometry.kernel)
-        return Affine(geometry, weight, two.bias + two._on_constant(self.bias))
-
-    def _axes_with(self, second: Affine) -> list[tuple[Axis, Axis]]:
-        return list(zip(self.geometry.axes, second.geometry.axes, strict=True))
+        nested = geometry.groups in (self.geometry.groups, second.geometry.groups)
+        one = self if nested else self.regrouped(geometry.groups)
+        weight = self.weight.new_zeros(geometry.weight_shape)
+        for tap in itertools.product(*(range(axis.taps) for axis in second.geometry.axes)):
+            # A tap of the second map is a matrix on channels; it puts a copy of the first kernel, mixed by it, at its place.
+            places = tuple(map(_copy_places, self.geometry.axes, second.geometry.axes, geometry.axes, tap))
+            weight[(slice(None), slice(None), *places)] += _mixed(one, second, second.weight[(..., *tap)])
+        return Affine(geometry, weight, second.bias + second._on_constant(self.bias))
 
     def _on_constant(self, value: Tensor) -> Tensor:
         """What this map, without its bias, makes of an image that is constant over space; (C_in,) -> (C_out,)."""
@@ -126,6 +114,26 @@ class Affine:
         return Affine(geometry, weight.contiguous(), self.bias)
 
 
+def _mixed(first: Affine, second: Affine, matrix: Tensor) -> Tensor:
+    """Channels of the first kernel mixed by one tap of the second, (C2, C1/g2); (C2, C0/g, *first kernel), g the smaller."""
+    g1, g2 = first.geometry.groups, second.geometry.groups
+    kernel = first.weight.flatten(1)
+    if g2 % g1 == 0:  # every group of the second reads inside one group of the first
+        mixed = torch.bmm(matrix.unflatten(0, (g2, -1)), kernel.unflatten(0, (g2, -1)))
+        return mixed.reshape(-1, *first.weight.shape[1:])
+    blocks = matrix.unflatten(0, (g2, -1)).unflatten(2, (g1 // g2, -1)).transpose(1, 2).flatten(0, 1)
+    mixed = torch.bmm(blocks, kernel.unflatten(0, (g1, -1)))  # (g1, C2/g2, C0/g1 * taps)
+    mixed = mixed.unflatten(0, (g2, -1)).unflatten(3, first.weight.shape[1:]).transpose(1, 2)
+    return mixed.reshape(second.geometry.out_channels, -1, *first.weight.shape[2:])
+
+
+def _copy_places(first: Axis, second: Axis, composed: Axis, tap: int) -> slice:
+    """The taps of the composed axis that the first kernel lands on when the second's ``tap`` reads it."""
+    start = first.stride * second.dilation * tap // composed.dilation
+    step = first.dilation // composed.dilation if first.taps > 1 else 1
+    return slice(start, start + step * (first.taps - 1) + 1, step)
+
+
 def _places(inner: Axis, outer: Axis) -> slice:
     """Which of the outer axis's taps are the inner's."""
     first = (inner.offset - outer.offset) // outer.dilation
@@ -160,8 +168,3 @@ def scaling(scale: Tensor, shift: Tensor, dims: int) -> Affine:
     channels = scale.numel()
     geometry = replace(Geometry.identity(channels, dims), bias=True)
     return Affine.of(geometry, scale.reshape(channels, *(1,) * (dims + 1)), shift)
-
-
-def macs_per_output(geometry: Geometry) -> int:
-    """Multiply-adds for one output pixel."""
-    return math.prod(geometry.weight_shape)

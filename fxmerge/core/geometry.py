@@ -255,9 +255,10 @@ class Geometry:
             )
         except (KeyError, TypeError, ValueError) as fault:
             raise PlanError(f"not a geometry: {fault!r} in {data!r}") from fault
-        sane = all(a.taps > 0 and a.stride > 0 and a.dilation > 0 for a in axes) and min(
-            geometry.in_channels, geometry.out_channels, geometry.groups
-        ) > 0
+        sane = (
+            all(a.taps > 0 and a.stride > 0 and a.dilation > 0 for a in axes)
+            and min(geometry.in_channels, geometry.out_channels, geometry.groups) > 0
+        )
         if not sane or geometry.in_channels % geometry.groups or geometry.out_channels % geometry.groups:
             raise PlanError(f"not a geometry: sizes do not fit in {data!r}")
         return geometry

@@ -109,7 +109,7 @@ class Candidate:
 
     @property
     def id(self) -> str:
-        """A name for this candidate, the same in every run; the key of tables.
+        """A name for this candidate, the same in every run and unique in its network; the key of tables.
 
         >>> from fxmerge.core.geometry import Geometry
         >>> Candidate("x", "add", "relu", "identity", Geometry.identity(8, 2)).id
@@ -118,7 +118,7 @@ class Candidate:
         if self.kind == "identity":
             return f"{self.entry}->{self.end} identity"
         text = f"{self.entry}->{self.end} {self.kind} {self.geometry}"
-        return f"{text} without {','.join(self.removed)}" if self.removed else text
+        return f"{text} pruned" if self.removed else text
 
     def to_json(self) -> dict[str, Any]:
         """A value that ``json`` can write and :meth:`from_json` reads back."""

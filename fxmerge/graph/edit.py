@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from fxmerge.graph.meta import facts, record
 
@@ -37,14 +39,23 @@ def free_target(graph: GraphModule, wanted: str) -> str:
     return name
 
 
-def call_module_after(graph: GraphModule, operand: Node, target: str, module: nn.Module, like: Node) -> Node:
-    """Insert a call of a new module on ``operand``; its facts are those of the node ``like``."""
-    put_module(graph, target, module)
-    with graph.graph.inserting_before(like):
-        node = graph.graph.call_module(target, (operand,))
-    node.meta = dict(like.meta)
-    record(node, target=target, role="", merge=None)
-    return node
+def become_module(graph: GraphModule, node: Node, target: str, module: nn.Module, operand: Node) -> None:
+    """Turn a node into the call of a new module; its name, its readers and the rest of its facts stay."""
+    put_module(graph, target, module.train(graph.training))
+    node.op, node.target, node.args, node.kwargs = "call_module", target, (operand,), {}
+    record(node, target=target)
+
+
+def insert_pad(operand: Node, reader: Node, amounts: tuple[int, ...]) -> Node:
+    """Pad (or, negative, crop) a tensor with zeros, amounts in the order of ``F.pad``, just before a reader."""
+    with operand.graph.inserting_before(reader):
+        padded = operand.graph.call_function(F.pad, (operand, amounts))
+    known = facts(operand)
+    shape = list(known.shape or ())
+    for axis in range(len(amounts) // 2):
+        shape[-1 - axis] += amounts[2 * axis] + amounts[2 * axis + 1]
+    record(padded, shape=tuple(shape), dtype=known.dtype, target="pad", source=facts(reader).source)
+    return padded
 
 
 def bypass(node: Node, operand: Node) -> None:
@@ -53,8 +64,8 @@ def bypass(node: Node, operand: Node) -> None:
     node.graph.erase_node(node)
 
 
-def erase(nodes: tuple[Node, ...]) -> None:
-    """Erase nodes that only each other read, last first."""
+def erase(nodes: Sequence[Node]) -> None:
+    """Erase nodes, in graph order, that only each other read."""
     for node in reversed(nodes):
         node.graph.erase_node(node)
 
@@ -66,18 +77,3 @@ def tidy(graph: GraphModule) -> GraphModule:
     graph.graph.lint()
     graph.recompile()
     return graph
-
-
-def shape_after(node: Node) -> tuple[int, ...]:
-    """The recorded shape of a node's output.
-
-    Raises:
-        ValueError: none was recorded.
-    """
-    shape = facts(node).shape
-    if shape is None:
-        raise ValueError(f"no shape was recorded for {node.name}")
-    return shape
-
-
-__all__ = ["Graph", "bypass", "call_module_after", "copied", "erase", "free_target", "put_module", "shape_after", "tidy"]

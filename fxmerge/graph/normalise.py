@@ -67,7 +67,19 @@ SPELLINGS: Mapping[object, Callable[..., Any]] = {
 
 #: Targets that overwrite their first operand, beside those called with ``inplace=True``.
 IN_PLACE: frozenset[object] = frozenset(
-    {"relu_", "tanh_", "sigmoid_", "add_", "__iadd__", operator.iadd, torch.relu_, F.relu_, F.leaky_relu_, F.elu_, F.hardtanh_}
+    {
+        "relu_",
+        "tanh_",
+        "sigmoid_",
+        "add_",
+        "__iadd__",
+        operator.iadd,
+        torch.relu_,
+        F.relu_,
+        F.leaky_relu_,
+        F.elu_,
+        F.hardtanh_,
+    }
 )
 
 
@@ -126,7 +138,11 @@ def _respell(node: Node) -> None:
     if node.op not in ("call_method", "call_function"):
         return
     node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    if node.op == "call_function" and node.target in _INPLACE_POSITION and len(node.args) > _INPLACE_POSITION[node.target]:
+    if (
+        node.op == "call_function"
+        and node.target in _INPLACE_POSITION
+        and len(node.args) > _INPLACE_POSITION[node.target]
+    ):
         node.args = node.args[: _INPLACE_POSITION[node.target]]
     if node.target not in SPELLINGS:
         return

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import InputError, NotFiniteError, TraceError
-from fxmerge.graph.meta import record
+from fxmerge.graph.meta import facts, record
 from fxmerge.graph.normalise import normalise
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -94,6 +94,14 @@ def propagate_shapes(graph: GraphModule, arguments: Sequence[Any], keywords: Map
             return recorder.run(*_placed(graph, arguments, keywords or {}))
     except Exception as fault:
         raise InputError(f"the graph rejects inputs of {_sizes(arguments)}: {_first_line(fault)}") from fault
+
+
+def require_shapes(graph: GraphModule) -> None:
+    """Raise InputError if no shapes were recorded on this graph: it was not traced by fxmerge."""
+    if not any(facts(node).shape for node in graph.graph.nodes):
+        raise InputError(
+            "this graph carries no shapes of fxmerge's; pass it through fxmerge.trace(graph, example_inputs) first"
+        )
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -212,7 +220,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _sizes(arguments: Sequence[Any]) -> str:
     return ", ".join(
-        f"size {tuple(a.shape)} ({str(a.dtype).removeprefix('torch.')})" if isinstance(a, torch.Tensor) else type(a).__name__
+        f"size {tuple(a.shape)} ({str(a.dtype).removeprefix('torch.')})"
+        if isinstance(a, torch.Tensor)
+        else type(a).__name__
         for a in arguments
     )
 

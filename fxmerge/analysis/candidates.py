@@ -1,0 +1,242 @@
+"""Ways to merge a segment: which convolutions to prune, which kernel to end with.
+
+*Composed* candidates are LayerMerge's (Kim, El Halabi, Ji, Song; ICML 2024, section 3.2): every geometry that some subset of the
+segment's prunable convolutions composes to, and of the subsets that give one geometry the one that keeps the largest sum of L1
+norms. Subsets are not enumerated: unit by unit, the best subset for every geometry reached so far is kept.
+*Fitted* candidates are one convolution of any kernel up to the composed one, its weights to be fitted to data. *Identity* drops
+the segment altogether.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.expression import Expression, Step
+from fxmerge.core.geometry import Geometry
+from fxmerge.core.segment import Candidate, Proposal, Segment
+from fxmerge.graph.query import node_named
+from fxmerge.operators import Site
+
+#: geometry -> (sum of the L1 norms kept, names removed)
+_Choices: TypeAlias = dict[Geometry, tuple[float, frozenset[str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Which candidates are offered.
+
+    Args:
+        composed: offer composed kernels.
+        prune: offer to prune convolutions inside segments.
+        fitted: offer fitted kernels.
+        identity: offer to drop a segment whose output has the shape of its input.
+        merge: offer to merge several layers; without it, layers are only pruned, one at a time.
+        exact: offer only what keeps the function.
+        max_kernel: largest kernel offered, in taps on an axis.
+    """
+
+    composed: bool = True
+    prune: bool = True
+    fitted: bool = True
+    identity: bool = True
+    merge: bool = True
+    exact: bool = False
+    max_kernel: int = 7
+
+    @classmethod
+    def named(cls, name: Literal["joint", "composed", "activations", "layers", "exact"]) -> Space:
+        """The spaces with a name: everything, and the baselines.
+
+        ``joint`` is everything; ``composed`` the published candidates; ``activations`` removes activations only (Kim et al.
+        2023); ``layers`` prunes single convolutions only; ``exact`` keeps the function.
+        """
+        return {
+            "joint": cls(),
+            "composed": cls(fitted=False),
+            "activations": cls(fitted=False, prune=False, identity=False),
+            "layers": cls(fitted=False, composed=False, prune=False, merge=False),
+            "exact": cls(fitted=False, prune=False, identity=False, exact=True),
+        }[name]
+
+
+def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, ...]:
+    """Every candidate of every segment.
+
+    Args:
+        findings: segments of a traced graph.
+        space: which candidates to offer; None for all.
+
+    Returns:
+        One proposal for every segment that has a candidate, in the order of the segments.
+    """
+    space = space or Space()
+    norms = _l1_norms(findings)
+    proposals = []
+    for segment in findings.segments:
+        unique = {candidate.id: candidate for candidate in _candidates(segment, space, norms)}
+        if unique:
+            proposals.append(Proposal(segment, tuple(unique.values())))
+    return tuple(proposals)
+
+
+def _l1_norms(findings: Findings) -> dict[str, float]:
+    norms: dict[str, float] = {}
+    for name in {name for segment in findings.segments for name in segment.convolutions}:
+        node = node_named(findings.graph, name)
+        assert node is not None
+        operator = findings.operators.find(findings.graph, node)
+        assert operator is not None
+        norms[name] = float(operator.affine(Site(findings.graph, node)).weight.abs().sum())
+    return norms
+
+
+def _candidates(segment: Segment, space: Space, norms: Mapping[str, float]) -> Iterator[Candidate]:
+    whole = segment.expression.geometry
+    several = len(segment.convolutions) > 1 or bool(segment.activations) or _joins(segment.expression)
+    offer = _Offer(segment)
+    exact = not segment.activations and segment.expression.keeps_borders()
+    if space.identity and whole.preserves_shape and (space.merge or len(segment.convolutions) == 1):
+        yield offer("identity", Geometry.identity(whole.in_channels, len(whole.axes)))
+    if not space.merge:
+        return
+    if space.composed and several and _allowed(whole, space) and (exact or not space.exact):
+        yield offer("composed", whole, exact=exact)
+    if space.prune and several:
+        for geometry, (_, removed) in _prunings(segment, norms).items():
+            if removed and _allowed(geometry, space):
+                yield offer("composed", geometry, removed=removed)
+    if space.fitted:
+        for geometry in _smaller(whole):
+            if _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):
+                yield offer("fitted", geometry)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    segment: Segment
+
+    def __call__(
+        self,
+        kind: Literal["composed", "fitted", "identity"],
+        geometry: Geometry,
+        *,
+        removed: Collection[str] = (),
+        exact: bool = False,
+    ) -> Candidate:
+        s = self.segment
+        inside = tuple(name for name in s.nodes if name in removed)
+        return Candidate(s.entry, s.exit, s.end, kind, geometry, s.activations, inside, exact)
+
+
+def _joins(expression: Expression) -> bool:
+    return any(step.kind in ("sum", "concat") for step in expression.steps)
+
+
+def _allowed(geometry: Geometry, space: Space) -> bool:
+    return all(taps <= space.max_kernel for taps in geometry.kernel)
+
+
+def _smaller(whole: Geometry) -> Iterator[Geometry]:
+    """The geometry itself and those of fewer taps, two fewer on every longer axis at a time so that the centre stays."""
+    taps = whole.kernel
+    while True:
+        axes = tuple(axis.shrunk(n) for axis, n in zip(whole.axes, taps, strict=True))
+        yield replace(whole, axes=axes, bias=True)
+        fewer = tuple(n - 2 if n > 2 else n for n in taps)
+        if fewer == taps:
+            return
+        taps = fewer
+
+
+def _prunings(segment: Segment, norms: Mapping[str, float]) -> _Choices:
+    """For every geometry that pruning can reach, the subset of convolutions that keeps most."""
+    parts = _in_series(segment.expression)
+    reached: _Choices = {}
+    for number, part in enumerate(parts):
+        choices = _part_choices(part, norms)
+        if number == 0:
+            reached = choices
+            continue
+        joined: _Choices = {}
+        for before, (kept, removed) in reached.items():
+            for geometry, (more, also) in choices.items():
+                _keep_best(joined, before.then(geometry), kept + more, removed | also)
+        reached = joined
+    everything = frozenset(segment.convolutions)
+    return {geometry: choice for geometry, choice in reached.items() if not everything <= choice[1]}
+
+
+def _keep_best(choices: _Choices, geometry: Geometry, norm: float, removed: frozenset[str]) -> None:
+    if geometry not in choices or norm > choices[geometry][0]:
+        choices[geometry] = (norm, removed)
+
+
+def _in_series(expression: Expression) -> list[Expression]:
+    """The expression cut at every step that all later ones depend on: layers, and whole blocks."""
+    steps = expression.steps
+    reach = 0  # the last reader of anything computed so far, the current step left out
+    readers: list[int] = [0] * len(steps)
+    for index, step in enumerate(steps):
+        for operand in step.operands:
+            readers[operand] = max(readers[operand], index)
+    cuts = [0]
+    for index in range(1, len(steps)):
+        reach = max(reach, readers[index - 1])
+        if reach <= index:
+            cuts.append(index)
+    parts = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        geometry = expression.geometries()[start]
+        entry = Step(steps[start].name, "entry", (), Geometry.identity(geometry.out_channels, len(geometry.axes)))
+        inner = (replace(s, operands=tuple(i - start for i in s.operands)) for s in steps[start + 1 : stop + 1])
+        parts.append(Expression((entry, *inner)))
+    return parts
+
+
+def _part_choices(part: Expression, norms: Mapping[str, float]) -> _Choices:
+    """The choices for one layer, or for one block; a convolution goes together with the norm behind it."""
+    readers = [sum(index in step.operands for step in part.steps) for index in range(len(part.steps))]
+    tangled = any(count > 1 for count in readers[1:])
+    norm_behind = {
+        part.steps[step.operands[0]].name: step.name
+        for step in part.steps
+        if step.role == "norm" and readers[step.operands[0]] == 1
+    }
+    gone_with = {norm: convolution for convolution, norm in norm_behind.items()}
+
+    def apply(step: Step, before: _Choices) -> _Choices:
+        after: _Choices = {}
+        assert step.geometry is not None
+        prunable = step.role == "convolution" and step.geometry.preserves_shape and not tangled
+        for geometry, (kept, removed) in before.items():
+            if gone_with.get(step.name) in removed:
+                _keep_best(after, geometry, kept, removed | {step.name})
+                continue
+            _keep_best(after, geometry.then(step.geometry), kept + norms.get(step.name, 0.0), removed)
+            if prunable:
+                _keep_best(after, geometry, kept, removed | {step.name})
+        return after
+
+    def meet(how: Sequence[str]) -> object:
+        def join(one: _Choices, two: _Choices) -> _Choices:
+            joined: _Choices = {}
+            for a, (kept_a, removed_a) in one.items():
+                for b, (kept_b, removed_b) in two.items():
+                    both = a.plus(b) if how == "sum" else a.concat(b)
+                    _keep_best(joined, both, kept_a + kept_b, removed_a | removed_b)
+            return joined
+
+        return join
+
+    return part.fold(
+        entry=lambda step: {step.geometry: (0.0, frozenset())} if step.geometry else {},
+        apply=apply,
+        add=meet("sum"),  # type: ignore[arg-type]
+        concat=meet("concat"),  # type: ignore[arg-type]
+    )[-1]
+
+
+__all__ = ["Space", "propose"]

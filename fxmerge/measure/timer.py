@@ -1,0 +1,378 @@
+"""How long modules take: timed in turn, on fresh inputs, with median and spread.
+
+    latency = median over rounds of (median over the runs of a round);   spread = distance between the rounds' quartiles
+
+A round runs every module, in an order that turns and reverses from round to round, so that a machine that slows down
+slows all of them. A cheap module runs several times in a round, yet not twice in a row while others wait, and every run
+gets a fresh copy of its input. That is what makes layers, timed apart, add up to the network. Sum over end to end, batch
+norms folded, medians of 4 to 12 rounds, torch 2.14 on 2 cores with 48 MB of cache and other work beside:
+
+    network, batch, pixels, layout        one input, module in a loop     fresh input, modules in turn
+    resnet18, 32, 64, contiguous          0.95 - 0.98                     0.98 - 1.01
+    resnet18, 1, 64, channels last        0.65                            0.89 - 0.92
+    mobilenet_v2, 1, 224, channels last   0.67 - 0.74                     0.89 - 1.02
+    mobilenet_v2, 8, 224, channels last   0.66 - 0.77                     0.89 - 1.05
+    mobilenet_v2, 8, 224, contiguous      0.66 - 0.73                     0.89 - 0.97
+    resnet50, 2, 224, channels last       0.79                            0.90 - 0.93
+
+In a loop a module finds its weights in the cache and memory for its output at hand; in a network, others have used both
+meanwhile (page faults are 40 % of mobilenet_v2 at batch 8). Flushing 4 MB of cache before each run overshot by up to
+15 %, handing free memory back to the system by 30 to 90 %. So give many modules at once: few small ones, which stay in
+the cache together, come out up to a third too fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import platform
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fxmerge.core.table import Measurement, Target
+from fxmerge.errors import InputError, MeasurementError
+
+Run = Callable[..., object]
+Progress = Callable[[int, int], None]
+Inputs = tuple[torch.Tensor, ...]
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """A module to time, and what goes in.
+
+    Args:
+        module: any module; it is not changed.
+        inputs: for each argument a tensor, of which every run gets a copy, or a shape, for which the timer draws noise.
+    """
+
+    module: nn.Module
+    inputs: tuple[torch.Tensor | tuple[int, ...], ...]
+
+
+class Timer(Protocol):
+    """What measures: one measurement for each module, in the order given; ``progress(done, total)`` hears of it."""
+
+    def __call__(
+        self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None
+    ) -> tuple[Measurement, ...]:
+        """Time the modules on the target."""
+
+
+@dataclass(frozen=True)
+class InterleavedTimer:
+    """Times modules in turn, round by round.
+
+    Args:
+        rounds: samples of each module; a module whose spread is too large gets up to as many again.
+        warmup: runs before the first that counts.
+        min_seconds_per_sample: how long a module runs in a round, if max_runs_per_sample allows.
+        max_runs_per_sample: bound on the runs of a module in one round.
+        max_seconds_per_module: a module that would take longer gets fewer rounds, evenly spaced, but at least 3; extra
+            rounds, warm-up and the copying of inputs come on top.
+        steady_spread: spread over median from which on a module is measured again.
+        seed: of the noise that goes in.
+        cuda_graphs: on a GPU, capture each module once and replay it; its buffers then live until the end.
+        clock: nanoseconds; CPU only, a GPU has its own.
+
+    Raises (when called):
+        InputError: the target cannot be had here.
+        MeasurementError: a module cannot be run.
+
+    >>> timer = InterleavedTimer(rounds=3)
+    >>> [conv] = timer([Timed(nn.Conv2d(3, 8, 3), ((1, 3, 16, 16),))], target=Target())
+    >>> conv.repeats >= 3 and conv.median_ns > 0
+    True
+    """
+
+    _: KW_ONLY
+    rounds: int = 15
+    warmup: int = 2
+    min_seconds_per_sample: float = 0.001
+    max_runs_per_sample: int = 20
+    max_seconds_per_module: float = 1.0
+    steady_spread: float = 0.15
+    seed: int = 0
+    cuda_graphs: bool = False
+    clock: Callable[[], int] = field(default=time.perf_counter_ns, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "warmup", "max_runs_per_sample"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def __call__(
+        self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None
+    ) -> tuple[Measurement, ...]:
+        """Time the modules; a step of progress is a warm-up, or a module's share of a round that is no extra one."""
+        tell = progress or (lambda done, total: None)
+        total = len(modules) * (1 + self.rounds)
+        subjects: list[_Subject] = []
+        with _settings(target):
+            bench = _Bench(self, target, _noise(modules, target, self.seed))
+            for index, timed in enumerate(modules):
+                subjects.append(bench.subject(index, timed))
+                tell(index + 1, total)
+            for number in range(self.rounds):
+                bench.round([s for s in subjects if number * s.rounds % self.rounds < s.rounds], number)
+                tell(len(modules) * (2 + number), total)
+            for number in range(self.rounds):
+                unsteady = [s for s in subjects if s.spread > self.steady_spread * s.median]
+                bench.round([s for s in unsteady if number < s.rounds], number)
+            facts = versions(target)
+        return tuple(Measurement(s.median, s.spread, len(s.samples), target, facts) for s in subjects)
+
+
+def compare(modules: Sequence[Timed], *, target: Target, rounds: int = 15) -> tuple[Measurement, ...]:
+    """Time whole networks against each other: one run of each in every round, ABC CBA BCA ACB ...
+
+    Args:
+        modules: the networks, with example inputs or shapes.
+        target: where and how they run.
+        rounds: samples of each, one run a sample; those that come out unsteady get up to as many again.
+
+    Raises:
+        InputError: the target cannot be had here.
+        MeasurementError: a network cannot be run.
+    """
+    timer = InterleavedTimer(rounds=rounds, max_runs_per_sample=1, max_seconds_per_module=math.inf)
+    return timer(modules, target=target)
+
+
+def prepare(module: nn.Module, inputs: Inputs, target: Target) -> tuple[Run, Inputs]:
+    """The module and its inputs as the target runs them; call the result under ``torch.no_grad()``.
+
+    The module itself comes back where nothing is to convert or compile, else a converted copy. With a back end it is
+    compiled here, for these shapes, the target's threads and no gradients; inductor gets the weights as constants.
+
+    Args:
+        module: any module; it is not changed.
+        inputs: floating point ones get the target's dtype, 4-D ones its memory format.
+        target: where and how it will run.
+
+    Raises:
+        InputError: the target cannot be had here.
+
+    >>> target = Target(dtype="bfloat16", channels_last=True)
+    >>> run, [image] = prepare(nn.Conv2d(3, 8, 3), (torch.zeros(1, 3, 16, 16),), target)
+    >>> image.dtype, image.stride()
+    (torch.bfloat16, (768, 1, 48, 3))
+    """
+    with _settings(target):
+        ready = _converted(module, target)
+        moved = tuple(_moved(tensor, target) for tensor in inputs)
+        return (ready if target.backend == "eager" else _compiled(ready, moved, target.backend)), moved
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Of python and torch, and the name of the processor, with the threads in use, or of the GPU."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.device(target.device).type == "cuda":
+        return found | {"device": torch.cuda.get_device_name(target.device)}
+    return found | {"device": _processor(), "threads": str(target.threads or torch.get_num_threads())}
+
+
+@dataclass(eq=False)
+class _Subject:
+    """A module on the bench: how it runs, on what, how often, and the nanoseconds of a run in every round."""
+
+    index: int
+    name: str
+    run: Run
+    fresh: Callable[[], Inputs]
+    turns: int = 1
+    burst: int = 1
+    rounds: int = 1
+    samples: list[int] = field(default_factory=list)
+
+    @property
+    def median(self) -> int:
+        return math.ceil(statistics.median(self.samples))
+
+    @property
+    def spread(self) -> int:
+        if len(self.samples) < 2:
+            return 0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return math.ceil(high - low)
+
+
+class _Bench:
+    """Where modules run, one at a time; every shape is a view of one buffer of noise."""
+
+    def __init__(self, timer: InterleavedTimer, target: Target, noise: torch.Tensor) -> None:
+        self.timer, self.target, self.noise, self.on_gpu = timer, target, noise, noise.is_cuda
+        self.held: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def subject(self, index: int, timed: Timed) -> _Subject:
+        """Convert, compile and warm up a module; decide how often it is to run."""
+        name = textwrap.shorten(repr(timed.module), 80)
+        with _blame(index, name):
+            run, sources = prepare(timed.module, tuple(map(self._source, timed.inputs)), self.target)
+            fresh = _copies(sources)
+            if self.on_gpu and self.timer.cuda_graphs:
+                run, fresh = self._captured(run, sources)
+        subject = _Subject(index, name, run, fresh)
+        self._plan(subject, max(1, min(self._lap(subject) for _ in range(self.timer.warmup))))
+        return subject
+
+    def _plan(self, subject: _Subject, ns: int) -> None:
+        """Several runs a round: apart from each other on a CPU, back to back on a GPU, as a network queues its kernels."""
+        runs = min(self.timer.max_runs_per_sample, max(1, math.ceil(self.timer.min_seconds_per_sample * 1e9 / ns)))
+        subject.turns, subject.burst = (1, runs) if self.on_gpu else (runs, 1)
+        affordable = self.timer.max_seconds_per_module * 1e9 / (ns * runs)
+        subject.rounds = int(min(self.timer.rounds, max(3, affordable)))
+
+    def round(self, subjects: Sequence[_Subject], number: int) -> None:
+        """One more sample of each; odd rounds go backwards, and each pair of rounds starts one module further on."""
+        start = number // 2 % max(1, len(subjects))
+        order = [*subjects[start:], *subjects[:start]][:: -1 if number % 2 else 1]
+        laps: dict[_Subject, list[int]] = {subject: [] for subject in order}
+        for turn in range(max((s.turns for s in order), default=0)):
+            for subject in order:
+                if turn < subject.turns:
+                    laps[subject].append(self._lap(subject))
+        for subject, ns in laps.items():
+            subject.samples.append(math.ceil(statistics.median(ns)))
+
+    def _lap(self, subject: _Subject) -> int:
+        """Nanoseconds of a run, the freeing of its output included, the making of its input not."""
+        with _blame(subject.index, subject.name):
+            inputs = [subject.fresh() for _ in range(subject.burst)]
+            if self.on_gpu:
+                return _gpu_ns(subject.run, inputs)
+            start = self.timer.clock()
+            subject.run(*inputs[0])
+            return self.timer.clock() - start
+
+    def _source(self, given: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
+        if isinstance(given, torch.Tensor):
+            return given
+        strides = _laid_out(torch.empty(given, device="meta"), self.target).stride()
+        return self.noise.as_strided(given, strides)
+
+    def _captured(self, run: Run, sources: Inputs) -> tuple[Run, Callable[[], Inputs]]:
+        """A CUDA graph of the run, and the filling of its inputs, which all graphs with such inputs share."""
+        keys = [(place, s.shape, s.stride(), s.dtype) for place, s in enumerate(sources)]
+        statics = tuple(self.held.setdefault(key, s.clone()) for key, s in zip(keys, sources, strict=True))
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run(*statics)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(*statics)
+        return lambda *_: graph.replay(), lambda: tuple(t.copy_(s) for t, s in zip(statics, sources, strict=True))
+
+
+def _copies(sources: Inputs) -> Callable[[], Inputs]:
+    return lambda: tuple(source.clone() for source in sources)
+
+
+def _gpu_ns(run: Run, inputs: Sequence[Inputs]) -> int:
+    """Nanoseconds of a run, from two events on the current stream with the runs queued back to back between them."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    for given in inputs:
+        run(*given)
+    stop.record()
+    stop.synchronize()
+    return math.ceil(float(start.elapsed_time(stop)) * 1e6 / len(inputs))
+
+
+@contextmanager
+def _blame(index: int, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as cause:
+        raise MeasurementError(f"module {index}, {name}, cannot be timed: {cause!r}", index=index) from cause
+
+
+@contextmanager
+def _settings(target: Target) -> Iterator[None]:
+    """No gradients, the target's threads and GPU; afterwards all as it was. InputError if the target cannot be had."""
+    device = _device(target)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(target.threads or threads)
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _device(target: Target) -> torch.device:
+    if target.dtype not in DTYPES:
+        raise InputError(f"unknown dtype {target.dtype!r}; possible are {', '.join(DTYPES)}")
+    if target.threads < 0:
+        raise InputError(f"{target.threads} threads; possible are 1 and more, or 0 for torch's own setting")
+    if target.backend != "eager" and target.backend not in (known := torch._dynamo.list_backends(None)):
+        raise InputError(f"unknown back end {target.backend!r}; torch.compile knows {', '.join(known)}")
+    kind, _, index = target.device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+        raise InputError(f"unknown device {target.device!r}; possible are cpu, cuda, cuda:0, ...")
+    if kind == "cuda" and int(index or 0) >= (gpus := torch.cuda.device_count()):
+        raise InputError(f"device {target.device!r} is not here: torch sees {gpus} GPUs; cpu is always possible")
+    return torch.device(target.device)
+
+
+def _noise(modules: Sequence[Timed], target: Target, seed: int) -> torch.Tensor:
+    """Standard normal numbers, as many as the largest shape needs: no denormals, which are slow."""
+    shapes = [given for timed in modules for given in timed.inputs if not isinstance(given, torch.Tensor)]
+    count = max(map(math.prod, shapes), default=0)
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return noise.to(target.device, DTYPES[target.dtype])
+
+
+def _laid_out(tensor: torch.Tensor, target: Target) -> torch.Tensor:
+    return tensor.contiguous(memory_format=_layout(target)) if tensor.dim() == 4 else tensor
+
+
+def _layout(target: Target) -> torch.memory_format:
+    return torch.channels_last if target.channels_last else torch.contiguous_format
+
+
+def _moved(tensor: torch.Tensor, target: Target) -> torch.Tensor:
+    dtype = DTYPES[target.dtype] if tensor.is_floating_point() else tensor.dtype
+    return _laid_out(tensor.to(target.device, dtype), target)
+
+
+def _converted(module: nn.Module, target: Target) -> nn.Module:
+    fits = all(_moved(tensor, target) is tensor for tensor in [*module.parameters(), *module.buffers()])
+    if fits and not any(part.training for part in module.modules()):
+        return module
+    copied = copy.deepcopy(module).eval()
+    return copied.to(target.device, DTYPES[target.dtype]).to(memory_format=_layout(target))
+
+
+def _compiled(module: nn.Module, inputs: Inputs, backend: str) -> Run:
+    def forward(*given: torch.Tensor) -> object:
+        return module(*given)
+
+    # Dynamo counts recompilations by code object and gives up after 8, so every module gets a code object of its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{id(module)}")
+    run: Run = torch.compile(forward, backend=backend, dynamic=False)
+    # Freezing is looked up while tracing, that is on the first call: an option of torch.compile would come too late.
+    with torch._inductor.config.patch(freezing=True) if backend == "inductor" else nullcontext():
+        run(*(tensor.clone() for tensor in inputs))
+    return run
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,36 @@
+"""Operators where paths meet: residual adds, concats on channels."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fxmerge.core.segment import Reason
+from fxmerge.graph.meta import facts
+from fxmerge.graph.query import is_tensor
+from fxmerge.operators.base import Join, Opaque, Site, Verdict
+
+
+def add(site: Site) -> Verdict:
+    """a + b for two images of one shape."""
+    operands = tuple(arg for arg in site.node.args if isinstance(arg, Node) and is_tensor(arg))
+    if len(operands) != 2 or len(site.node.args) != 2:
+        return Opaque(detail="addition of something that is no image")
+    shapes = {facts(operand).shape for operand in operands}
+    if len(shapes) > 1:
+        return Opaque(Reason.SHAPE, "the addition broadcasts")
+    return Join("sum", operands)
+
+
+def concat(site: Site) -> Verdict:
+    """torch.cat on dimension 1."""
+    parts, dimension = _arguments(site.node)
+    rank = len(facts(site.node).shape or ())
+    if dimension not in (1, 1 - rank) or not all(isinstance(p, Node) and is_tensor(p) for p in parts):
+        return Opaque(detail=f"concatenation on dimension {dimension}")
+    return Join("concat", tuple(parts))
+
+
+def _arguments(node: Node) -> tuple[tuple[Node, ...], object]:
+    values = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    parts = values.get("tensors", ())
+    return tuple(parts) if isinstance(parts, (tuple, list)) else (), values.get("dim", 0)

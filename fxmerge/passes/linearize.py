@@ -1,0 +1,188 @@
+"""The student: activations out, padding first, skips cropped; or one convolution in place of the stretch.
+
+The only pass that changes the function. What it returns is still a network of ordinary layers, to be trained if wanted; multiplied
+out by :mod:`fxmerge.passes.fuse_segments` it computes the same, borders included, because nothing inside a segment pads any more:
+walking back from the exit, every tensor gets the halo its readers need (:meth:`Expression.halos`), the entry is padded once by the
+most that is asked for, and whoever needs less crops.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.module import convolution, convolution_with, separate_padding
+from fxmerge.core.expression import Expression, Halo, asked_of_operand
+from fxmerge.core.segment import Candidate
+from fxmerge.errors import PassError
+from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, tidy
+from fxmerge.graph.meta import facts, origin, record, set_origin
+from fxmerge.graph.query import fingerprint
+from fxmerge.operators import Operators, Site, Verdict, default_operators, read_expression
+from fxmerge.passes.annotate import merges, stretch
+from fxmerge.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class Linearize(Pass):
+    """Make the student of an annotated graph.
+
+    Args:
+        weights: for fitted candidates, by id, the map to start from; where there is none, torch's initialisation.
+        norms: put an identity batch norm behind fitted convolutions, so that they train as the original's do.
+        own: give the student parameters of its own. Without it, what is not replaced is shared with the graph given.
+    """
+
+    weights: Mapping[str, Affine] = field(default_factory=dict)
+    norms: bool = False
+    own: bool = True
+    operators: Operators = field(default_factory=default_operators, repr=False)
+    exact: ClassVar[bool] = False
+
+    def requires(self, graph: GraphModule) -> None:
+        if origin(graph) is not None:
+            raise PassError("this graph is a student already; linearize the original")
+
+    def call(self, graph: GraphModule) -> GraphModule:
+        student = copied(graph)
+        set_origin(student, fingerprint(graph))
+        for exit_node, merge in list(merges(student)):
+            entry, nodes = stretch(student, exit_node, merge)
+            work = _Merge(student, merge, entry, nodes, self.operators)
+            if merge.kind == "composed":
+                work.keep_layers()
+            elif merge.kind == "identity":
+                work.drop()
+            else:
+                work.replace(self.weights.get(merge.id), norm=self.norms)
+        tidy(student)
+        return copy.deepcopy(student) if self.own else student
+
+
+def linearize(graph: GraphModule, *, weights: Mapping[str, Affine] | None = None, norms: bool = False) -> GraphModule:
+    """The student of an annotated graph: trainable, with parameters of its own; the graph given stays as it is.
+
+    Args:
+        graph: from :func:`fxmerge.annotate`.
+        weights: for fitted candidates, by id, from :func:`fxmerge.fit`; where there is none, torch's initialisation.
+        norms: put a batch norm, for now an identity, behind every fitted convolution.
+
+    Raises:
+        PassError: the graph is a student already.
+    """
+    return Linearize(weights or {}, norms)(graph).graph_module
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One merge being made in the student's graph. Its exit keeps its name, whatever becomes of it."""
+
+    graph: GraphModule
+    merge: Candidate
+    entry: Node
+    nodes: Sequence[Node]
+    operators: Operators
+
+    @property
+    def exit(self) -> Node:
+        return self.nodes[-1]
+
+    def drop(self) -> None:
+        """An identity in place of all nodes."""
+        self._exit_becomes_identity(self.entry)
+        erase(self.nodes[:-1])
+
+    def _exit_becomes_identity(self, operand: Node) -> None:
+        become_module(
+            self.graph, self.exit, free_target(self.graph, f"merged.{self.exit.name}"), nn.Identity(), operand
+        )
+
+    def replace(self, weights: Affine | None, *, norm: bool) -> None:
+        """One convolution of the candidate's geometry in place of all nodes."""
+        geometry = self.merge.geometry
+        if weights is not None and weights.geometry != geometry:
+            raise PassError(f"the weights for {self.merge.id} are of geometry {weights.geometry}, not {geometry}")
+        like = next(p for p in self.graph.parameters() if p.is_floating_point())
+        module = (
+            convolution(geometry, dtype=like.dtype, device=like.device)
+            if weights is None
+            else convolution_with(weights, like=like)
+        )
+        target = free_target(self.graph, f"merged.{self.exit.name}")
+        become_module(self.graph, self.exit, target, module, self.entry)
+        amounts = separate_padding(geometry)
+        if amounts:
+            self.exit.args = (insert_pad(self.entry, self.exit, amounts),)
+        erase(self.nodes[:-1])
+        if norm:
+            self._norm_behind(target, like)
+
+    def _norm_behind(self, target: str, like: nn.Parameter) -> None:
+        """The exit becomes the norm, a new node before it the convolution."""
+        kind = _NORMS[len(self.merge.geometry.axes)]
+        norm = kind(self.merge.geometry.out_channels, device=like.device, dtype=like.dtype)
+        norm.weight.data.fill_((1 + norm.eps) ** 0.5)  # cancels eps: an identity until it is calibrated or trained
+        with self.graph.graph.inserting_before(self.exit):
+            convolution_node = self.graph.graph.call_module(target, self.exit.args)
+        convolution_node.meta = dict(self.exit.meta)
+        record(convolution_node, merge=None)
+        become_module(self.graph, self.exit, free_target(self.graph, f"{target}_norm"), norm, convolution_node)
+
+    def keep_layers(self) -> None:
+        """Take out what is removed, then move all padding to the entry."""
+        gone = set(self.merge.activations) | set(self.merge.removed)
+        kept = [node for node in self.nodes if node.name not in gone]
+        for node in self.nodes[:-1]:
+            if node.name in gone:
+                bypass(node, node.args[0])  # type: ignore[arg-type]
+        if self.exit.name in gone:
+            operand = self.exit.args[0]
+            assert isinstance(operand, Node)
+            self._exit_becomes_identity(operand)
+            kept.append(self.exit)
+        expression = read_expression(self.entry, kept, self._verdicts(kept))
+        self._pad_first(expression, [self.entry, *kept])
+
+    def _verdicts(self, nodes: Sequence[Node]) -> dict[Node, Verdict]:
+        return {node: self.operators.verdict(Site(self.graph, node)) for node in nodes}
+
+    def _pad_first(self, expression: Expression, nodes: Sequence[Node]) -> None:
+        """``nodes[i]`` computes step i of the expression."""
+        halos = expression.halos()
+        padded = insert_pad(self.entry, nodes[1], _flat(halos[0])) if _any(halos[0]) else self.entry
+        for node, step, halo in zip(nodes[1:], expression.steps[1:], halos[1:], strict=True):
+            asked = asked_of_operand(step, halo)
+            for index in sorted(set(step.operands)):
+                if index == 0 and not _any(asked):
+                    continue
+                source = padded if index == 0 else nodes[index]
+                surplus = tuple((a - c, b - d) for (a, b), (c, d) in zip(asked, halos[index], strict=True))
+                if _any(surplus):
+                    source = insert_pad(source, node, _flat(surplus))
+                node.replace_input_with(nodes[index], source)
+            if step.kind == "apply":
+                operator = self.operators.find(self.graph, node)
+                assert operator is not None
+                operator.unpad(Site(self.graph, node))
+            shape = facts(node).shape
+            assert shape is not None
+            grown = (size + before + after for size, (before, after) in zip(shape[2:], halo, strict=True))
+            record(node, shape=(*shape[:2], *grown))
+
+
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _any(halo: Halo) -> bool:
+    return any(amount for pair in halo for amount in pair)
+
+
+def _flat(halo: Halo) -> tuple[int, ...]:
+    """In the order of ``F.pad``: the last axis first."""
+    return tuple(amount for pair in reversed(halo) for amount in pair)
