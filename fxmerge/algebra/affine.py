@@ -12,7 +12,7 @@ divisor of their group counts, which is as fine a partition as both respect. Eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,9 +38,7 @@ class Affine:
 
     def __post_init__(self) -> None:
         if tuple(self.weight.shape) != self.geometry.weight_shape:
-            raise ValueError(
-                f"{self.geometry} needs a weight of {self.geometry.weight_shape}, found {tuple(self.weight.shape)}"
-            )
+            raise ValueError(f"{self.geometry} needs a weight of {self.geometry.weight_shape}, found {tuple(self.weight.shape)}")
 
     @classmethod
     def of(cls, geometry: Geometry, weight: Tensor, bias: Tensor | None = None) -> Affine:
@@ -61,8 +59,9 @@ class Affine:
         weight = self.weight.new_zeros(geometry.weight_shape)
         for tap in itertools.product(*(range(axis.taps) for axis in second.geometry.axes)):
             # A tap of the second map is a matrix on channels; it puts a copy of the first kernel, mixed by it, at its place.
-            places = tuple(map(_copy_places, self.geometry.axes, second.geometry.axes, geometry.axes, tap))
-            weight[(slice(None), slice(None), *places)] += _mixed(one, second, second.weight[(..., *tap)])
+            places = map(_copy_places, self.geometry.axes, second.geometry.axes, geometry.axes, tap)
+            at_tap = tuple(slice(t, t + 1) for t in tap)
+            weight[_on_taps(places)] += _mixed(one, second, second.weight[_on_taps(at_tap)].flatten(1))
         return Affine(geometry, weight, second.bias + second._on_constant(self.bias))
 
     def _on_constant(self, value: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ class Affine:
         """The weight at ``groups`` groups, on the taps of a geometry that covers this one's."""
         weight = self.regrouped(groups).weight
         spread = weight.new_zeros(*weight.shape[:2], *onto.kernel)
-        spread[(slice(None), slice(None), *map(_places, self.geometry.axes, onto.axes))] = weight
+        spread[_on_taps(map(_places, self.geometry.axes, onto.axes))] = weight
         return spread
 
     def regrouped(self, groups: int) -> Affine:
@@ -106,12 +105,17 @@ class Affine:
     def resized(self, geometry: Geometry) -> Affine:
         """The part of this map that fits a smaller kernel or coarser groups: taps and connections outside are dropped."""
         weight = self.regrouped(1).weight
-        weight = weight[(slice(None), slice(None), *map(_places, geometry.axes, self.geometry.axes))]
+        weight = weight[_on_taps(map(_places, geometry.axes, self.geometry.axes))]
         if geometry.groups > 1:
             index = torch.arange(geometry.groups, device=weight.device)
             blocks = weight.unflatten(1, (geometry.groups, -1)).unflatten(0, (geometry.groups, -1))
             weight = blocks[index, :, index].reshape(geometry.weight_shape)
         return Affine(geometry, weight.contiguous(), self.bias)
+
+
+def _on_taps(places: Iterable[slice]) -> tuple[slice, ...]:
+    """An index into a weight: all channels, these taps."""
+    return slice(None), slice(None), *places
 
 
 def _mixed(first: Affine, second: Affine, matrix: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ def _mixed(first: Affine, second: Affine, matrix: Tensor) -> Tensor:
         return mixed.reshape(-1, *first.weight.shape[1:])
     blocks = matrix.unflatten(0, (g2, -1)).unflatten(2, (g1 // g2, -1)).transpose(1, 2).flatten(0, 1)
     mixed = torch.bmm(blocks, kernel.unflatten(0, (g1, -1)))  # (g1, C2/g2, C0/g1 * taps)
-    mixed = mixed.unflatten(0, (g2, -1)).unflatten(3, first.weight.shape[1:]).transpose(1, 2)
+    mixed = mixed.reshape(g2, g1 // g2, -1, *first.weight.shape[1:]).transpose(1, 2)
     return mixed.reshape(second.geometry.out_channels, -1, *first.weight.shape[2:])
 
 
@@ -155,12 +159,13 @@ def evaluate(expression: Expression, maps: Mapping[str, Affine]) -> Affine:
         start = Affine.identity(step.geometry.in_channels, len(step.geometry.axes))
         return replace(start, weight=start.weight.to(device), bias=start.bias.to(device))
 
-    return expression.fold(
+    values: tuple[Affine, ...] = expression.fold(
         entry=entry,
         apply=lambda step, before: before.then(maps[step.name]),
         add=Affine.plus,
         concat=Affine.concat,
-    )[-1]
+    )
+    return values[-1]
 
 
 def scaling(scale: Tensor, shift: Tensor, dims: int) -> Affine:

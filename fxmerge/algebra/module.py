@@ -48,13 +48,10 @@ def convolution_with(affine: Affine, *, like: torch.Tensor, bias: bool = True) -
     """A torch convolution that computes this map, in the dtype, on the device and in the memory format of ``like``."""
     module: Any = convolution(affine.geometry, bias=bias, dtype=like.dtype, device="meta")
     weight = affine.weight.to(device=like.device, dtype=like.dtype)
-    if (
-        like.dim() == weight.dim() == 4
-        and like.is_contiguous(memory_format=torch.channels_last)
-        and not like.is_contiguous()
-    ):
+    if like.dim() == weight.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         weight = weight.contiguous(memory_format=torch.channels_last)
     module.weight = nn.Parameter(weight.clone())
     if bias:
         module.bias = nn.Parameter(affine.bias.to(device=like.device, dtype=like.dtype))
-    return module
+    made: nn.Module = module
+    return made

@@ -9,7 +9,8 @@ the segment altogether.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -187,9 +188,10 @@ def _in_series(expression: Expression) -> list[Expression]:
         reach = max(reach, readers[index - 1])
         if reach <= index:
             cuts.append(index)
+    geometries = expression.geometries()
     parts = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
-        geometry = expression.geometries()[start]
+    for start, stop in itertools.pairwise(cuts):
+        geometry = geometries[start]
         entry = Step(steps[start].name, "entry", (), Geometry.identity(geometry.out_channels, len(geometry.axes)))
         inner = (replace(s, operands=tuple(i - start for i in s.operands)) for s in steps[start + 1 : stop + 1])
         parts.append(Expression((entry, *inner)))
@@ -220,23 +222,18 @@ def _part_choices(part: Expression, norms: Mapping[str, float]) -> _Choices:
                 _keep_best(after, geometry, kept, removed | {step.name})
         return after
 
-    def meet(how: Sequence[str]) -> object:
-        def join(one: _Choices, two: _Choices) -> _Choices:
-            joined: _Choices = {}
-            for a, (kept_a, removed_a) in one.items():
-                for b, (kept_b, removed_b) in two.items():
-                    both = a.plus(b) if how == "sum" else a.concat(b)
-                    _keep_best(joined, both, kept_a + kept_b, removed_a | removed_b)
-            return joined
-
-        return join
-
-    return part.fold(
+    values: tuple[_Choices, ...] = part.fold(
         entry=lambda step: {step.geometry: (0.0, frozenset())} if step.geometry else {},
         apply=apply,
-        add=meet("sum"),  # type: ignore[arg-type]
-        concat=meet("concat"),  # type: ignore[arg-type]
-    )[-1]
+        add=lambda one, two: _meet(one, two, Geometry.plus),
+        concat=lambda one, two: _meet(one, two, Geometry.concat),
+    )
+    return values[-1]
 
 
-__all__ = ["Space", "propose"]
+def _meet(one: _Choices, two: _Choices, how: Callable[[Geometry, Geometry], Geometry]) -> _Choices:
+    joined: _Choices = {}
+    for a, (kept_a, removed_a) in one.items():
+        for b, (kept_b, removed_b) in two.items():
+            _keep_best(joined, how(a, b), kept_a + kept_b, removed_a | removed_b)
+    return joined

@@ -12,6 +12,7 @@ unit, and the chains inside it are classes of their own.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ class _Nesting:
 
     def _interiors(self, cuts: Sequence[Node]) -> list[list[Node]]:
         """The nodes of every unit of a chain, its closing cut counted: all that lies on a path between its two cuts."""
-        return [self._interior(entry, end) for entry, end in zip(cuts, cuts[1:], strict=False)]
+        return [self._interior(entry, end) for entry, end in itertools.pairwise(cuts)]
 
     def _interior(self, entry: Node, end: Node) -> list[Node]:
         seen, waiting = {end}, [end]

@@ -27,6 +27,7 @@ class Findings:
         segments: every stretch that could become one convolution, by chain, then start, then end.
         refusals: every convolution and activation that is in no segment, and every stretch given up, with the reason.
         operators: the table that was used.
+        verdicts: what it said of every node.
     """
 
     graph: GraphModule
@@ -34,15 +35,14 @@ class Findings:
     segments: tuple[Segment, ...]
     refusals: tuple[Refusal, ...]
     operators: Operators = field(repr=False)
+    verdicts: Mapping[Node, Verdict] = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.graph)
 
 
-def find_segments(
-    graph: GraphModule, *, operators: Operators | None = None, max_units: int = 8, max_extent: int = 63
-) -> Findings:
+def find_segments(graph: GraphModule, *, operators: Operators | None = None, max_units: int = 8, max_extent: int = 63) -> Findings:
     """Find every segment of a graph, and a refusal for whatever is in none.
 
     Args:
@@ -70,7 +70,7 @@ def find_segments(
             (segments if isinstance(found, Segment) else refusals).append(found)  # type: ignore[arg-type]
     covered = {name for segment in segments for name in segment.nodes}
     refusals = [*_leftovers(verdicts, covered), *refusals]
-    return Findings(graph, region, tuple(segments), tuple(refusals), table)
+    return Findings(graph, region, tuple(segments), tuple(refusals), table, verdicts)
 
 
 def _attaches(before: Verdict, verdict: Verdict) -> bool:
@@ -179,9 +179,7 @@ def _leftovers(verdicts: Mapping[Node, Verdict], covered: set[str]) -> Iterator[
         if isinstance(verdict, Opaque):
             yield Refusal(node.name, verdict.reason, verdict.detail, verdict.advice, known.target, known.source)
         elif isinstance(verdict, Activation) or (isinstance(verdict, Map) and verdict.role == "convolution"):
-            yield Refusal(
-                node.name, Reason.SOLE, "no neighbour that is affine or an activation", "", known.target, known.source
-            )
+            yield Refusal(node.name, Reason.SOLE, "no neighbour that is affine or an activation", "", known.target, known.source)
 
 
 __all__ = ["Findings", "find_segments"]

@@ -108,15 +108,13 @@ class Expression:
         maps of one tap without bias or padding. (RepVGG's parallel branches, anything after a 1x1 without bias.)
         """
         halos = self.halos()
-        vanishing = self.fold(
+        vanishing: tuple[bool, ...] = self.fold(
             entry=lambda step: True,
             apply=lambda step, before: before and _own_geometry(step).pointwise and not _own_geometry(step).bias,
             add=lambda a, b: a and b,
             concat=lambda a, b: a and b,
         )
-        return all(
-            zero_outside or all(h == (0, 0) for h in halo) for zero_outside, halo in zip(vanishing, halos, strict=True)
-        )
+        return all(zero_outside or all(h == (0, 0) for h in halo) for zero_outside, halo in zip(vanishing, halos, strict=True))
 
     def without(self, names: Collection[str]) -> Expression:
         """This expression with the named maps replaced by identities."""

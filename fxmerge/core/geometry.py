@@ -103,9 +103,7 @@ class Axis:
     def shrunk(self, taps: int) -> Axis:
         """The axis of a smaller kernel on the middle taps of this one (one tap nearer the end where they cannot be centred)."""
         skipped = (self.taps - taps + 1) // 2
-        return Axis(
-            taps, self.stride, self.offset + skipped * self.dilation, self.dilation if taps > 1 else 1, self.excess
-        )
+        return Axis(taps, self.stride, self.offset + skipped * self.dilation, self.dilation if taps > 1 else 1, self.excess)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,9 +248,7 @@ class Geometry:
         """
         try:
             axes = tuple(Axis(*(whole(v) for v in axis)) for axis in data["axes"])
-            geometry = cls(
-                whole(data["in_channels"]), whole(data["out_channels"]), axes, whole(data["groups"]), bool(data["bias"])
-            )
+            geometry = cls(whole(data["in_channels"]), whole(data["out_channels"]), axes, whole(data["groups"]), bool(data["bias"]))
         except (KeyError, TypeError, ValueError) as fault:
             raise PlanError(f"not a geometry: {fault!r} in {data!r}") from fault
         sane = (

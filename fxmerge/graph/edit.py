@@ -77,3 +77,15 @@ def tidy(graph: GraphModule) -> GraphModule:
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def shape_after(node: Node) -> tuple[int, ...]:
+    """The recorded shape of a node's output.
+
+    Raises:
+        ValueError: none was recorded.
+    """
+    shape = facts(node).shape
+    if shape is None:
+        raise ValueError(f"no shape was recorded for {node.name}")
+    return shape

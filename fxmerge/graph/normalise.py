@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxmerge.graph.edit import put_module
-from fxmerge.graph.query import describe_module, module_of
+from fxmerge.graph.edit import become_module, free_target
+from fxmerge.graph.query import module_of
 
 #: nn.Module type -> (function, attributes that become keyword arguments). Types are matched exactly: a subclass may do more.
 ACTIVATION_MODULES: Mapping[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -138,11 +138,7 @@ def _respell(node: Node) -> None:
     if node.op not in ("call_method", "call_function"):
         return
     node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    if (
-        node.op == "call_function"
-        and node.target in _INPLACE_POSITION
-        and len(node.args) > _INPLACE_POSITION[node.target]
-    ):
+    if node.op == "call_function" and node.target in _INPLACE_POSITION and len(node.args) > _INPLACE_POSITION[node.target]:
         node.args = node.args[: _INPLACE_POSITION[node.target]]
     if node.target not in SPELLINGS:
         return
@@ -191,22 +187,31 @@ def _module_from_function(graph: GraphModule, node: Node) -> None:
     names = {key: str(v.target) for key, v in values.items() if isinstance(v, Node) and v.op == "get_attr"}
     if not isinstance(operand, Node) or any(isinstance(v, Node) and v.op != "get_attr" for v in values.values()):
         return
-    parents = {name.rpartition(".")[0] for name in names.values()}
-    if len(parents) != 1 or any(name.rpartition(".")[2] != key for key, name in names.items()):
-        return  # computed or oddly named parameters: left as they are, opaque
     tensors = {key: _attribute(graph, names[key]) if key in names else v for key, v in values.items()}
     module = build(tensors)
     if module is None:
         return
-    target = parents.pop()
-    old = {n: v for n, v in graph.get_submodule(target).named_buffers(recurse=False)} if target else {}
-    for name, buffer in old.items():
-        if name not in dict(module.named_buffers()) and name not in dict(module.named_parameters()):
-            module.register_buffer(name, buffer)
-    if not target:
-        return
-    put_module(graph, target, module.train(graph.training))
-    node.op, node.target, node.args, node.kwargs = "call_module", target, (operand,), {}
+    target = _home(names) or free_target(graph, f"functional.{node.name}")
+    for name, buffer in _other_buffers(graph, target, module):
+        module.register_buffer(name, buffer)
+    become_module(graph, node, target, module, operand)
+
+
+def _home(names: Mapping[str, str]) -> str | None:
+    """The module whose parameters these are, if they are one module's and bear the usual names."""
+    parents = {name.rpartition(".")[0] for name in names.values()}
+    usual = all(name.rpartition(".")[2] == key for key, name in names.items())
+    return parents.pop() or None if len(parents) == 1 and usual else None
+
+
+def _other_buffers(graph: GraphModule, target: str, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers of the module called so far that the new one lacks; they stay in the state dict."""
+    try:
+        old = graph.get_submodule(target)
+    except AttributeError:
+        return []
+    known = {name for name, _ in (*module.named_buffers(), *module.named_parameters())}
+    return [(name, buffer) for name, buffer in old.named_buffers(recurse=False) if name not in known]
 
 
 def _attribute(graph: GraphModule, target: str) -> Any:
@@ -236,8 +241,10 @@ def _convolution(kind: type[nn.Module], dims: int) -> Callable[[dict[str, Any]],
             bias is not None,
             device="meta",
         )
+        if not isinstance(weight, nn.Parameter):
+            return None  # computed: folding it would freeze what should follow its parameters
         module.weight, module.bias = weight, bias
-        return module if isinstance(weight, nn.Parameter) else None
+        return module if isinstance(module, nn.Module) else None
 
     return build
 
@@ -254,7 +261,8 @@ def _batch_norm(values: dict[str, Any]) -> nn.Module | None:
     module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
     if weight is not None:
         module.weight, module.bias = weight, bias
-    return module
+    made: nn.Module = module
+    return made
 
 
 _FUNCTIONAL: Mapping[object, Callable[[dict[str, Any]], nn.Module | None]] = {
@@ -263,5 +271,3 @@ _FUNCTIONAL: Mapping[object, Callable[[dict[str, Any]], nn.Module | None]] = {
     F.conv3d: _convolution(nn.Conv3d, 3),
     F.batch_norm: _batch_norm,
 }
-
-__all__ = ["describe_module", "is_impure", "normalise"]

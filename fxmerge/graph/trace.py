@@ -99,9 +99,7 @@ def propagate_shapes(graph: GraphModule, arguments: Sequence[Any], keywords: Map
 def require_shapes(graph: GraphModule) -> None:
     """Raise InputError if no shapes were recorded on this graph: it was not traced by fxmerge."""
     if not any(facts(node).shape for node in graph.graph.nodes):
-        raise InputError(
-            "this graph carries no shapes of fxmerge's; pass it through fxmerge.trace(graph, example_inputs) first"
-        )
+        raise InputError("this graph carries no shapes of fxmerge's; pass it through fxmerge.trace(graph, example_inputs) first")
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -220,9 +218,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _sizes(arguments: Sequence[Any]) -> str:
     return ", ".join(
-        f"size {tuple(a.shape)} ({str(a.dtype).removeprefix('torch.')})"
-        if isinstance(a, torch.Tensor)
-        else type(a).__name__
+        f"size {tuple(a.shape)} ({str(a.dtype).removeprefix('torch.')})" if isinstance(a, torch.Tensor) else type(a).__name__
         for a in arguments
     )
 

@@ -1,23 +1,24 @@
 """How long modules take: timed in turn, on fresh inputs, with median and spread.
 
-    latency = median over rounds of (median over the runs of a round);   spread = distance between the rounds' quartiles
+    latency = median over rounds of (median over a round's runs);   spread = distance between the rounds' quartiles
 
 A round runs every module, in an order that turns and reverses from round to round, so that a machine that slows down
 slows all of them. A cheap module runs several times in a round, yet not twice in a row while others wait, and every run
-gets a fresh copy of its input. That is what makes layers, timed apart, add up to the network. Sum over end to end, batch
-norms folded, medians of 4 to 12 rounds, torch 2.14 on 2 cores with 48 MB of cache and other work beside:
+gets a fresh copy of its input. That is what makes layers, timed apart, add up to the network. Sum over end to end, with
+batch norms folded, medians of 4 to 12 rounds, torch 2.14 on 2 cores with 48 MB of cache and other work beside:
 
     network, batch, pixels, layout        one input, module in a loop     fresh input, modules in turn
-    resnet18, 32, 64, contiguous          0.95 - 0.98                     0.98 - 1.01
+    resnet18, 32, 64, contiguous          0.95 - 0.98                     0.98 - 1.00
+    resnet18, 32, 64, channels last       0.96                            1.13 - 1.17
     resnet18, 1, 64, channels last        0.65                            0.89 - 0.92
-    mobilenet_v2, 1, 224, channels last   0.67 - 0.74                     0.89 - 1.02
+    mobilenet_v2, 1, 224, channels last   0.67 - 0.74                     0.88 - 1.02
     mobilenet_v2, 8, 224, channels last   0.66 - 0.77                     0.89 - 1.05
     mobilenet_v2, 8, 224, contiguous      0.66 - 0.73                     0.89 - 0.97
     resnet50, 2, 224, channels last       0.79                            0.90 - 0.93
 
 In a loop a module finds its weights in the cache and memory for its output at hand; in a network, others have used both
-meanwhile (page faults are 40 % of mobilenet_v2 at batch 8). Flushing 4 MB of cache before each run overshot by up to
-15 %, handing free memory back to the system by 30 to 90 %. So give many modules at once: few small ones, which stay in
+meanwhile (page faults are a third of mobilenet_v2 at batch 8). Flushing 4 MB of cache before each run overshot by up to
+15 %, handing free memory back to the system by 25 to 90 %. So give many modules at once: few small ones, which stay in
 the cache together, come out up to a third too fast.
 """
 
@@ -64,9 +65,7 @@ class Timed:
 class Timer(Protocol):
     """What measures: one measurement for each module, in the order given; ``progress(done, total)`` hears of it."""
 
-    def __call__(
-        self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None
-    ) -> tuple[Measurement, ...]:
+    def __call__(self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None) -> tuple[Measurement, ...]:
         """Time the modules on the target."""
 
 
@@ -97,11 +96,11 @@ class InterleavedTimer:
     """
 
     _: KW_ONLY
-    rounds: int = 15
+    rounds: int = 11
     warmup: int = 2
     min_seconds_per_sample: float = 0.001
     max_runs_per_sample: int = 20
-    max_seconds_per_module: float = 1.0
+    max_seconds_per_module: float = 0.5
     steady_spread: float = 0.15
     seed: int = 0
     cuda_graphs: bool = False
@@ -112,9 +111,7 @@ class InterleavedTimer:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    def __call__(
-        self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None
-    ) -> tuple[Measurement, ...]:
+    def __call__(self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None) -> tuple[Measurement, ...]:
         """Time the modules; a step of progress is a warm-up, or a module's share of a round that is no extra one."""
         tell = progress or (lambda done, total: None)
         total = len(modules) * (1 + self.rounds)
@@ -148,39 +145,6 @@ def compare(modules: Sequence[Timed], *, target: Target, rounds: int = 15) -> tu
     """
     timer = InterleavedTimer(rounds=rounds, max_runs_per_sample=1, max_seconds_per_module=math.inf)
     return timer(modules, target=target)
-
-
-def prepare(module: nn.Module, inputs: Inputs, target: Target) -> tuple[Run, Inputs]:
-    """The module and its inputs as the target runs them; call the result under ``torch.no_grad()``.
-
-    The module itself comes back where nothing is to convert or compile, else a converted copy. With a back end it is
-    compiled here, for these shapes, the target's threads and no gradients; inductor gets the weights as constants.
-
-    Args:
-        module: any module; it is not changed.
-        inputs: floating point ones get the target's dtype, 4-D ones its memory format.
-        target: where and how it will run.
-
-    Raises:
-        InputError: the target cannot be had here.
-
-    >>> target = Target(dtype="bfloat16", channels_last=True)
-    >>> run, [image] = prepare(nn.Conv2d(3, 8, 3), (torch.zeros(1, 3, 16, 16),), target)
-    >>> image.dtype, image.stride()
-    (torch.bfloat16, (768, 1, 48, 3))
-    """
-    with _settings(target):
-        ready = _converted(module, target)
-        moved = tuple(_moved(tensor, target) for tensor in inputs)
-        return (ready if target.backend == "eager" else _compiled(ready, moved, target.backend)), moved
-
-
-def versions(target: Target) -> dict[str, str]:
-    """Of python and torch, and the name of the processor, with the threads in use, or of the GPU."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if torch.device(target.device).type == "cuda":
-        return found | {"device": torch.cuda.get_device_name(target.device)}
-    return found | {"device": _processor(), "threads": str(target.threads or torch.get_num_threads())}
 
 
 @dataclass(eq=False)
@@ -228,7 +192,7 @@ class _Bench:
         return subject
 
     def _plan(self, subject: _Subject, ns: int) -> None:
-        """Several runs a round: apart from each other on a CPU, back to back on a GPU, as a network queues its kernels."""
+        """Several runs a round: apart from each other on a CPU, back to back on a GPU, as kernels are in a network."""
         runs = min(self.timer.max_runs_per_sample, max(1, math.ceil(self.timer.min_seconds_per_sample * 1e9 / ns)))
         subject.turns, subject.burst = (1, runs) if self.on_gpu else (runs, 1)
         affordable = self.timer.max_seconds_per_module * 1e9 / (ns * runs)
@@ -266,7 +230,7 @@ class _Bench:
         """A CUDA graph of the run, and the filling of its inputs, which all graphs with such inputs share."""
         keys = [(place, s.shape, s.stride(), s.dtype) for place, s in enumerate(sources)]
         statics = tuple(self.held.setdefault(key, s.clone()) for key, s in zip(keys, sources, strict=True))
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run(*statics)
@@ -277,13 +241,21 @@ class _Bench:
         return lambda *_: graph.replay(), lambda: tuple(t.copy_(s) for t, s in zip(statics, sources, strict=True))
 
 
+def _noise(modules: Sequence[Timed], target: Target, seed: int) -> torch.Tensor:
+    """Standard normal numbers, as many as the largest shape needs: no denormals, which are slow."""
+    shapes = [given for timed in modules for given in timed.inputs if not isinstance(given, torch.Tensor)]
+    count = max(map(math.prod, shapes), default=0)
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return noise.to(target.device, DTYPES[target.dtype])
+
+
 def _copies(sources: Inputs) -> Callable[[], Inputs]:
     return lambda: tuple(source.clone() for source in sources)
 
 
 def _gpu_ns(run: Run, inputs: Sequence[Inputs]) -> int:
     """Nanoseconds of a run, from two events on the current stream with the runs queued back to back between them."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     for given in inputs:
@@ -299,6 +271,39 @@ def _blame(index: int, name: str) -> Iterator[None]:
         yield
     except Exception as cause:
         raise MeasurementError(f"module {index}, {name}, cannot be timed: {cause!r}", index=index) from cause
+
+
+def prepare(module: nn.Module, inputs: Inputs, target: Target) -> tuple[Run, Inputs]:
+    """The module and its inputs as the target runs them; call the result under ``torch.no_grad()``.
+
+    The module itself comes back where nothing is to convert or compile, else a converted copy. With a back end it is
+    compiled here, for these shapes, the target's threads and no gradients; inductor gets the weights as constants.
+
+    Args:
+        module: any module; it is not changed.
+        inputs: floating point ones get the target's dtype, 4-D ones its memory format.
+        target: where and how it will run.
+
+    Raises:
+        InputError: the target cannot be had here.
+
+    >>> target = Target(dtype="bfloat16", channels_last=True)
+    >>> run, [image] = prepare(nn.Conv2d(3, 8, 3), (torch.zeros(1, 3, 16, 16),), target)
+    >>> image.dtype, image.stride()
+    (torch.bfloat16, (768, 1, 48, 3))
+    """
+    with _settings(target):
+        ready = _converted(module, target)
+        moved = tuple(_moved(tensor, target) for tensor in inputs)
+        return (ready if target.backend == "eager" else _compiled(ready, moved, target.backend)), moved
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Of python and torch, and the name of the processor, with the threads in use, or of the GPU."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.device(target.device).type == "cuda":
+        return found | {"device": torch.cuda.get_device_name(target.device)}
+    return found | {"device": _processor(), "threads": str(target.threads or torch.get_num_threads())}
 
 
 @contextmanager
@@ -327,14 +332,6 @@ def _device(target: Target) -> torch.device:
     if kind == "cuda" and int(index or 0) >= (gpus := torch.cuda.device_count()):
         raise InputError(f"device {target.device!r} is not here: torch sees {gpus} GPUs; cpu is always possible")
     return torch.device(target.device)
-
-
-def _noise(modules: Sequence[Timed], target: Target, seed: int) -> torch.Tensor:
-    """Standard normal numbers, as many as the largest shape needs: no denormals, which are slow."""
-    shapes = [given for timed in modules for given in timed.inputs if not isinstance(given, torch.Tensor)]
-    count = max(map(math.prod, shapes), default=0)
-    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
-    return noise.to(target.device, DTYPES[target.dtype])
 
 
 def _laid_out(tensor: torch.Tensor, target: Target) -> torch.Tensor:

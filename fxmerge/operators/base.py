@@ -126,9 +126,7 @@ class Operators:
         functions: Mapping[object, Operator] | None = None,
     ) -> Operators:
         """A table with more operators, or other ones; this one stays as it is."""
-        return replace(
-            self, modules={**self.modules, **(modules or {})}, functions={**self.functions, **(functions or {})}
-        )
+        return replace(self, modules={**self.modules, **(modules or {})}, functions={**self.functions, **(functions or {})})
 
     def find(self, graph: GraphModule, node: Node) -> Operator | None:
         """The operator for a node, or None."""
@@ -149,13 +147,9 @@ class Operators:
             return Opaque(detail=_describe(site))
         if module is not None:
             if module._forward_hooks or module._forward_pre_hooks:
-                return Opaque(
-                    Reason.HOOKED, advice="remove the hooks before tracing; they cannot run in a merged layer"
-                )
+                return Opaque(Reason.HOOKED, advice="remove the hooks before tracing; they cannot run in a merged layer")
             if str(node.target) in site.shared:
-                return Opaque(
-                    Reason.SHARED, advice="give each call a module of its own, if they need not share weights"
-                )
+                return Opaque(Reason.SHARED, advice="give each call a module of its own, if they need not share weights")
         shape = facts(node).shape
         if shape is None or len(shape) < 3:
             return Opaque(Reason.SHAPE, f"shape {shape}")

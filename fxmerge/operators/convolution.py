@@ -22,9 +22,7 @@ class Convolution:
     def verdict(self, site: Site) -> Verdict:
         module = site.module
         if module.padding_mode != "zeros":
-            return Opaque(
-                Reason.PADDING_MODE, module.padding_mode, "padding moves to the entry of a segment as zeros only"
-            )
+            return Opaque(Reason.PADDING_MODE, module.padding_mode, "padding moves to the entry of a segment as zeros only")
         if len(site.operand_shape) != len(module.kernel_size) + 2:
             return Opaque(Reason.SHAPE, f"operand of shape {site.operand_shape}", "give a batch dimension")
         return Map(self._geometry(module), "convolution")
@@ -48,11 +46,7 @@ class AveragePool:
     def verdict(self, site: Site) -> Verdict:
         module = site.module
         padding = _each(module.padding, site.dims)
-        if (
-            module.ceil_mode
-            or getattr(module, "divisor_override", None)
-            or (any(padding) and not module.count_include_pad)
-        ):
+        if module.ceil_mode or getattr(module, "divisor_override", None) or (any(padding) and not module.count_include_pad):
             return Opaque(detail="average pooling whose divisor changes at the border")
         return Map(self._geometry(site))
 

@@ -45,9 +45,7 @@ def _first(node: Node) -> Node:
     return operand
 
 
-def read_maps(
-    graph: GraphModule, nodes: Sequence[Node], verdicts: Mapping[Node, Verdict], table: Operators
-) -> dict[str, Affine]:
+def read_maps(graph: GraphModule, nodes: Sequence[Node], verdicts: Mapping[Node, Verdict], table: Operators) -> dict[str, Affine]:
     """The numbers of every map among these nodes, by node name."""
     maps = {}
     for node in nodes:

@@ -52,7 +52,7 @@ def annotate(graph: GraphModule, plan: Plan) -> GraphModule:
     Raises:
         PlanMismatchError: the plan was made for another graph.
     """
-    return Annotate(plan)(graph).graph_module
+    return Annotate(plan).apply(graph)
 
 
 def merges(graph: GraphModule) -> Iterator[tuple[Node, Candidate]]:

@@ -42,13 +42,16 @@ class Pass:
             FxMergeError: what the pass raises.
         """
         if not isinstance(graph, GraphModule):
-            raise InputError(
-                f"{self.name} works on a torch.fx.GraphModule, found {type(graph).__name__}; trace it first"
-            )
+            raise InputError(f"{self.name} works on a torch.fx.GraphModule, found {type(graph).__name__}; trace it first")
         self.requires(graph)
         result = self.call(graph)
         self.ensures(result)
         return PassResult(result, result is not graph)
+
+    def apply(self, graph: GraphModule) -> GraphModule:
+        """The result alone."""
+        result: GraphModule = self(graph).graph_module
+        return result
 
     @property
     def name(self) -> str:
@@ -69,7 +72,7 @@ class Sequential(Pass):
         done: list[str] = []
         for step in self.passes:
             try:
-                graph = step(graph).graph_module
+                graph = step.apply(graph)
             except FxMergeError as fault:
                 if not done:
                     raise

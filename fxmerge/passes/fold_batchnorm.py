@@ -3,20 +3,19 @@ r"""Fold every batch norm into the convolution before it; exact, and part of the
     gamma * (W x + b - mean) / sqrt(var + eps) + beta  =  (s W) x + (s b + beta - s mean),   s = gamma / sqrt(var + eps)
 
 Computed in float64, cast once. A norm is left where it does not follow a convolution that only it reads, has no running
-statistics, or is in train mode.
+statistics, or is in train mode. The folded convolution takes the norm's node, so that cuts keep their names.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.module import convolution_with
-from fxmerge.graph.edit import copied, put_module, tidy
-from fxmerge.graph.meta import facts, record
+from fxmerge.graph.edit import become_module, copied, tidy
 from fxmerge.graph.query import has_sole_user, module_of
 from fxmerge.operators import Map, Operators, Site, Verdict, default_operators
 from fxmerge.operators.convolution import sharing_copy
@@ -46,14 +45,11 @@ class FoldBatchNorm(Pass):
         affine = operator.affine(Site(graph, node)).then(norm_operator.affine(Site(graph, norm)))
         module = module_of(graph, node)
         assert module is not None
-        like = next(module.parameters())
-        made = convolution_with(affine, like=like)
-        twin = sharing_copy(module)
-        twin._parameters.update(weight=made.weight, bias=made.bias)  # type: ignore[arg-type]
-        put_module(graph, str(node.target), twin)
-        record(node, merge=facts(norm).merge)
-        norm.replace_all_uses_with(node)
-        graph.graph.erase_node(norm)
+        made: Any = convolution_with(affine, like=next(module.parameters()))
+        twin: Any = sharing_copy(module)
+        twin._parameters.update(weight=made.weight, bias=made.bias)
+        become_module(graph, norm, str(node.target), twin, node.args[0])  # type: ignore[arg-type]
+        graph.graph.erase_node(node)
 
 
 def _convolution_before(graph: GraphModule, norm: Node, verdicts: dict[Node, Verdict]) -> Node | None:

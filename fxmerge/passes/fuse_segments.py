@@ -20,6 +20,7 @@ from fxmerge.graph.query import module_of
 from fxmerge.operators import Operators, Verdict, default_operators, read_expression, read_maps
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass, Sequential
+from fxmerge.passes.drop_repeated import DropRepeated
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 from fxmerge.passes.reuse_memory import ReuseMemory
 
@@ -75,4 +76,4 @@ def fuse(student: GraphModule) -> GraphModule:
         PassError: the graph is annotated but was not linearized.
     """
     quiet = copied(student).eval() if not student.training else copy.deepcopy(student).eval()
-    return Sequential((FuseSegments(), FoldBatchNorm(), ReuseMemory()))(quiet).graph_module
+    return Sequential((FuseSegments(), FoldBatchNorm(), DropRepeated(), ReuseMemory())).apply(quiet)

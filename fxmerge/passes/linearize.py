@@ -76,7 +76,7 @@ def linearize(graph: GraphModule, *, weights: Mapping[str, Affine] | None = None
     Raises:
         PassError: the graph is a student already.
     """
-    return Linearize(weights or {}, norms)(graph).graph_module
+    return Linearize(weights or {}, norms).apply(graph)
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ class _Merge:
         erase(self.nodes[:-1])
 
     def _exit_becomes_identity(self, operand: Node) -> None:
-        become_module(
-            self.graph, self.exit, free_target(self.graph, f"merged.{self.exit.name}"), nn.Identity(), operand
-        )
+        become_module(self.graph, self.exit, free_target(self.graph, f"merged.{self.exit.name}"), nn.Identity(), operand)
 
     def replace(self, weights: Affine | None, *, norm: bool) -> None:
         """One convolution of the candidate's geometry in place of all nodes."""
@@ -110,9 +108,7 @@ class _Merge:
             raise PassError(f"the weights for {self.merge.id} are of geometry {weights.geometry}, not {geometry}")
         like = next(p for p in self.graph.parameters() if p.is_floating_point())
         module = (
-            convolution(geometry, dtype=like.dtype, device=like.device)
-            if weights is None
-            else convolution_with(weights, like=like)
+            convolution(geometry, dtype=like.dtype, device=like.device) if weights is None else convolution_with(weights, like=like)
         )
         target = free_target(self.graph, f"merged.{self.exit.name}")
         become_module(self.graph, self.exit, target, module, self.entry)

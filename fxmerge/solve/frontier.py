@@ -169,9 +169,7 @@ def solve_tables(
     )
 
 
-def _along(
-    chain: Chain, alone: Mapping[str, _Front], offers: Mapping[str, Sequence[_Offer]], max_points: int | None
-) -> _Front:
+def _along(chain: Chain, alone: Mapping[str, _Front], offers: Mapping[str, Sequence[_Offer]], max_points: int | None) -> _Front:
     """The last front of a chain."""
     fronts = [_point()]
     for unit in chain.units:

@@ -1,0 +1,131 @@
+"""Make a trained convolutional network faster by making it shallower.
+
+    result = fxmerge.compress(model, example_inputs, speedup=1.5, calibration=images)
+    result.model, result.student, result.plan, result.front, result.report(), result.save("out")
+
+or verb by verb; each arrow is one public function, each noun can be printed, plans can be saved:
+
+    nn.Module --trace--> GraphModule --find_segments--> Findings --propose--> Proposals
+      --measure_latency, measure_importance--> tables --solve--> ParetoFront --pick--> Plan
+      --annotate--> annotated graph --linearize--> student (weights from fit; trained if wanted) --fuse--> merged GraphModule
+
+The rooms, in the order in which they may import each other (those on one level do not see each other):
+
+    errors      one small tree of exceptions
+    core        the nouns: geometry, expression, segment, region, table, plan; no torch.fx
+    algebra     affine maps with their numbers; least squares; tensors only
+    graph       every torch.fx idiom, once: trace, normalise, query, edit, extract
+    solve       tree + tables -> Pareto front; integers, no torch
+    operators   what is known of each operator of torch: what it is, its numbers, how it runs without padding
+    analysis    graph -> facts: cuts, segments, candidates, reports; edits nothing
+    passes      graph -> graph, one per file; none changes its input
+    measure     latency, importance, weights from data      tune        the student trained
+    compress, result, testing     the story, its outcome, its proof
+    backend, cli, demo            the doors
+"""
+
+from __future__ import annotations
+
+from fxmerge import tune
+from fxmerge._version import __version__
+from fxmerge.analysis.candidates import Space, propose
+from fxmerge.analysis.report import explain
+from fxmerge.analysis.segments import Findings, find_segments
+from fxmerge.compress import compress
+from fxmerge.core.plan import ParetoFront, Plan
+from fxmerge.core.segment import Candidate, Proposal, Reason, Refusal, Segment
+from fxmerge.core.table import Importance, ImportanceTable, LatencyTable, Measurement, Target
+from fxmerge.errors import (
+    BudgetError,
+    CalibrationError,
+    FxMergeError,
+    InputError,
+    MeasurementError,
+    NotEquivalentError,
+    NotFiniteError,
+    NothingToMergeError,
+    PassError,
+    PlanError,
+    PlanMismatchError,
+    TraceError,
+)
+from fxmerge.graph.trace import trace
+from fxmerge.measure.calibration import as_batches
+from fxmerge.measure.latency import baseline, measure_latency, worthwhile
+from fxmerge.measure.reconstruction import Reconstruction, fit, measure_importance
+from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, compare
+from fxmerge.operators import Operators, default_operators
+from fxmerge.passes.annotate import Annotate, annotate
+from fxmerge.passes.base import Pass, Sequential
+from fxmerge.passes.drop_repeated import DropRepeated
+from fxmerge.passes.fold_batchnorm import FoldBatchNorm
+from fxmerge.passes.fuse_segments import FuseSegments, fuse
+from fxmerge.passes.linearize import Linearize, linearize
+from fxmerge.passes.reuse_memory import ReuseMemory
+from fxmerge.result import Loaded, Result, load, save_student
+from fxmerge.solve.frontier import solve_tables as solve
+
+__all__ = [
+    "Annotate",
+    "BudgetError",
+    "CalibrationError",
+    "Candidate",
+    "DropRepeated",
+    "Findings",
+    "FoldBatchNorm",
+    "FuseSegments",
+    "FxMergeError",
+    "Importance",
+    "ImportanceTable",
+    "InputError",
+    "InterleavedTimer",
+    "LatencyTable",
+    "Linearize",
+    "Loaded",
+    "Measurement",
+    "MeasurementError",
+    "NotEquivalentError",
+    "NotFiniteError",
+    "NothingToMergeError",
+    "Operators",
+    "ParetoFront",
+    "Pass",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "PlanMismatchError",
+    "Proposal",
+    "Reason",
+    "Reconstruction",
+    "Refusal",
+    "Result",
+    "ReuseMemory",
+    "Segment",
+    "Sequential",
+    "Space",
+    "Target",
+    "Timed",
+    "Timer",
+    "TraceError",
+    "__version__",
+    "annotate",
+    "as_batches",
+    "baseline",
+    "compare",
+    "compress",
+    "default_operators",
+    "explain",
+    "find_segments",
+    "fit",
+    "fuse",
+    "linearize",
+    "load",
+    "measure_importance",
+    "measure_latency",
+    "propose",
+    "save_student",
+    "solve",
+    "trace",
+    "tune",
+    "worthwhile",
+]

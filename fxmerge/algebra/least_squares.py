@@ -1,0 +1,138 @@
+r"""Weights from data: the convolution that best maps one tensor to another.
+
+    min over W, b of   sum over positions p of |W patch_p + b - y_p|^2  +  lambda |W - W0|^2
+
+by its normal equations. With z = (patch, 1) the sums  G = sum z z^T  and  C = sum z y^T  are all that is needed of the data; they
+add up over batches, in float64, and those of a smaller kernel are a sub-matrix of those of a larger one. With groups, every group
+has equations of its own. lambda is relative to the mean of G's diagonal, and does not touch the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxmerge.algebra.affine import Affine
+from fxmerge.core.geometry import Axis, Geometry
+
+
+def covering(geometries: Sequence[Geometry]) -> Geometry:
+    """The smallest geometry whose taps include those of all given, which share channels, groups and stride."""
+    first = geometries[0]
+    axes = tuple(_covering_axis([g.axes[i] for g in geometries]) for i in range(len(first.axes)))
+    return Geometry(first.in_channels, first.out_channels, axes, first.groups, True)
+
+
+def _covering_axis(axes: Sequence[Axis]) -> Axis:
+    cover = axes[0]
+    for axis in axes[1:]:
+        cover = cover.plus(axis)
+    return cover
+
+
+def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> Tensor:
+    """What a convolution of this geometry reads at each output position.
+
+    Args:
+        x: (N, C_in, *size).
+        geometry: of the convolution; ``out_channels`` does not matter.
+        positions: (rows,) indices into the N * outputs positions, images first; None for all.
+
+    Returns:
+        (groups, rows, C_in/groups * taps), the columns in the order of a flattened weight.
+    """
+    padded = F.pad(x, [amount for pair in reversed(geometry.padding) for amount in pair])
+    windows = padded
+    for dim, axis in enumerate(geometry.axes):
+        windows = windows.unfold(2 + dim, axis.extent, axis.stride)[..., :: axis.dilation]
+    dims = len(geometry.axes)
+    # (N, *outputs, C, *taps)
+    windows = windows.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    lead = windows.shape[: 1 + dims]
+    index = torch.arange(lead.numel(), device=x.device) if positions is None else positions
+    rows = windows[torch.unravel_index(index, lead)]
+    return rows.reshape(len(index), geometry.groups, -1).transpose(0, 1)
+
+
+@dataclass
+class NormalEquations:
+    """Sums over data that decide the weights of every convolution within one covering geometry.
+
+    Args:
+        geometry: covers all convolutions to be solved for; its groups are theirs.
+        gram: float64, (groups, m + 1, m + 1) with m = C_in/groups * taps.
+        targets: by name, float64, (groups, m + 1, C_out/groups).
+        rows: positions summed so far.
+    """
+
+    geometry: Geometry
+    gram: Tensor
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
+
+    @classmethod
+    def empty(cls, geometry: Geometry, device: torch.device | None = None) -> NormalEquations:
+        size = unknowns(geometry)
+        return cls(geometry, torch.zeros(geometry.groups, size, size, dtype=torch.float64, device=device))
+
+    def add(self, x: Tensor, targets: dict[str, Tensor], positions: Tensor | None = None) -> None:
+        """Add a batch: inputs (N, C_in, *size), and for every name a target (N, C_out, *outputs)."""
+        z = patches(x, self.geometry, positions).double()
+        z = torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2)
+        self.gram += z.mT @ z
+        self.rows += z.shape[1]
+        for name, y in targets.items():
+            flat = y.movedim(1, -1).flatten(0, -2)
+            flat = flat if positions is None else flat[positions]
+            grouped = flat.double().reshape(len(flat), self.geometry.groups, -1).transpose(0, 1)
+            product = z.mT @ grouped
+            self.targets[name] = self.targets[name] + product if name in self.targets else product
+
+    def solve(self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None) -> Affine:
+        """The best convolution of a geometry within the covering one, for one target.
+
+        Args:
+            name: of the target.
+            geometry: taps within the covering geometry's, the same groups.
+            ridge: lambda, relative to the mean of the Gram matrix's diagonal.
+            prior: W0, of the same geometry; None for zero.
+        """
+        keep = self._columns(geometry)
+        gram = self.gram[:, keep][:, :, keep]
+        right = self.targets[name][:, keep]
+        weights = len(keep) - 1
+        strength = ridge * gram.diagonal(dim1=1, dim2=2)[:, :weights].mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+        damping = torch.zeros_like(gram)
+        damping.diagonal(dim1=1, dim2=2)[:, :weights] = strength[:, None]
+        if prior is not None:
+            w0 = prior.weight.reshape(geometry.groups, -1, weights).mT
+            right = right.clone()
+            right[:, :weights] += strength[:, None, None] * w0
+        # A bias alone keeps its column: where no data came, the damping above is all there is.
+        factor, failed = torch.linalg.cholesky_ex(gram + damping)
+        solution = torch.linalg.lstsq(gram + damping, right).solution if failed.any() else torch.cholesky_solve(right, factor)
+        weight = solution[:, :weights].mT.reshape(geometry.weight_shape)
+        return Affine(geometry, weight, solution[:, weights].reshape(-1))
+
+    def _columns(self, geometry: Geometry) -> Tensor:
+        """Columns of the covering patch that a smaller kernel reads, and the bias's."""
+        cover = self.geometry
+        index = torch.arange(unknowns(cover) - 1, device=self.gram.device).reshape(-1, *cover.kernel)
+        for dim, (inner, outer) in enumerate(zip(geometry.axes, cover.axes, strict=True)):
+            first = (inner.offset - outer.offset) // outer.dilation
+            step = inner.dilation // outer.dilation if inner.taps > 1 else 1
+            places = torch.arange(first, first + step * (inner.taps - 1) + 1, step, device=index.device)
+            index = index.index_select(1 + dim, places)
+        return torch.cat((index.flatten(), torch.tensor([unknowns(cover) - 1], device=index.device)))
+
+
+def unknowns(geometry: Geometry) -> int:
+    """Weights that one output channel has, and its bias."""
+    total = geometry.in_channels // geometry.groups
+    for taps in geometry.kernel:
+        total *= taps
+    return total + 1

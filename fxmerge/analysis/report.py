@@ -1,0 +1,120 @@
+"""Tables for people: what can be merged, what cannot and why, what a plan takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from fxmerge.analysis.candidates import propose
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.plan import ParetoFront, Plan
+from fxmerge.core.segment import Proposal, Refusal
+from fxmerge.core.table import ImportanceTable, LatencyTable
+from fxmerge.graph.meta import facts
+from fxmerge.operators import Activation, Join, Map, Opaque, Verdict
+
+
+def explain(
+    subject: Findings | Plan | ParetoFront | Sequence[Proposal],
+    *,
+    latency: LatencyTable | None = None,
+    importance: ImportanceTable | None = None,
+) -> str:
+    """A text with tables about anything that the pipeline makes.
+
+    Args:
+        subject: findings (nodes, segments with their candidates, refusals), proposals, a plan, or a front.
+        latency: shows what each candidate takes.
+        importance: shows what each candidate costs.
+
+    Returns:
+        Plain text; print it.
+    """
+    if isinstance(subject, Findings):
+        return "\n\n".join((_nodes(subject), _proposals(propose(subject), latency, importance), _refusals(subject.refusals)))
+    if isinstance(subject, Plan):
+        return _plan(subject, latency, importance)
+    if isinstance(subject, ParetoFront):
+        return _front(subject)
+    return _proposals(subject, latency, importance)
+
+
+def _nodes(findings: Findings) -> str:
+    rows = [
+        (node.name, _verdict(verdict), "x".join(map(str, facts(node).shape or ())), facts(node).target, facts(node).source)
+        for node, verdict in findings.verdicts.items()
+        if node.op.startswith("call_") and facts(node).shape is not None
+    ]
+    return _table("Nodes", rows, ("node", "what it is", "output", "in your model", "source"))
+
+
+def _verdict(verdict: Verdict) -> str:
+    if isinstance(verdict, Map):
+        return f"{verdict.role} {verdict.geometry}" if verdict.role != "other" else f"affine {verdict.geometry}"
+    if isinstance(verdict, Join):
+        return verdict.kind
+    if isinstance(verdict, Activation):
+        return f"activation {verdict.name}"
+    assert isinstance(verdict, Opaque)
+    return "opaque"
+
+
+def _proposals(proposals: Sequence[Proposal], latency: LatencyTable | None, importance: ImportanceTable | None) -> str:
+    rows = []
+    for proposal in proposals:
+        segment = proposal.segment
+        for number, candidate in enumerate(proposal.candidates):
+            lead = (str(segment), len(segment.convolutions), len(segment.activations)) if number == 0 else ("", "", "")
+            what = f"{candidate.kind}{' pruned' if candidate.removed else ''}"
+            rows.append(
+                (*lead, what, str(candidate.geometry), "yes" if candidate.exact else "")
+                + ((_ms(latency.candidate_ns(candidate.id)) if candidate.id in latency.candidates else "",) if latency else ())
+                + ((_loss(importance, candidate.id),) if importance else ())
+            )
+    heads = ["segment", "convolutions", "activations out", "candidate", "one convolution", "exact"]
+    return _table("Segments and candidates", rows, (*heads, *(["ms"] if latency else []), *(["loss"] if importance else [])))
+
+
+def _loss(importance: ImportanceTable, name: str) -> str:
+    return f"{importance.loss(name):.4g}" if name in importance.candidates else ""
+
+
+def _refusals(refusals: Sequence[Refusal]) -> str:
+    rows = [(r.node, r.reason.value, r.detail, r.advice, r.source) for r in refusals]
+    return _table("Refusals", rows, ("node", "reason", "detail", "what would help", "source"))
+
+
+def _plan(plan: Plan, latency: LatencyTable | None, importance: ImportanceTable | None) -> str:
+    rows = [
+        (
+            f"{merge.entry} -> {merge.end}",
+            merge.kind,
+            str(merge.geometry) if merge.kind != "identity" else "",
+            len(merge.activations),
+            len(merge.removed),
+            _ms(latency.candidate_ns(merge.id)) if latency and merge.id in latency.candidates else "",
+            _loss(importance, merge.id) if importance else "",
+        )
+        for merge in plan.merges
+    ]
+    predicted = "" if plan.latency_ns is None else f", {_ms(plan.latency_ns)} ms predicted"
+    title = f"Plan: {len(plan.merges)} merges{predicted}, loss {plan.loss:.4g}"
+    return _table(title, rows, ("segment", "kind", "one convolution", "activations out", "layers pruned", "ms", "loss"))
+
+
+def _front(front: ParetoFront, most: int = 24) -> str:
+    step = max(1, len(front) // most)
+    rows = [
+        (f"{front.original_ns / front.latencies_ns[i]:.3f}x", _ms(front.latencies_ns[i]), f"{front.losses[i]:.4g}")
+        for i in range(0, len(front), step)
+    ]
+    return _table(f"Front: {len(front)} plans, every {step}. shown", rows, ("speed-up", "ms", "loss"))
+
+
+def _ms(ns: int) -> str:
+    return f"{ns / 1e6:.3f}"
+
+
+def _table(title: str, rows: Sequence[Sequence[object]], heads: Sequence[str]) -> str:
+    return f"{title}\n{tabulate(rows, headers=heads, disable_numparse=True) if rows else '(none)'}"

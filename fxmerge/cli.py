@@ -1,0 +1,193 @@
+"""The same verbs from a shell: ``fxmerge inspect``, ``fxmerge compress``, ``fxmerge demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.errors import FxMergeError, InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 refused with a message, 130 interrupted."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        options.run(options)
+    except FxMergeError as refusal:
+        print(f"fxmerge: {type(refusal).__name__}: {refusal}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as fault:
+        print(f"fxmerge: {fault}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("fxmerge: interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fxmerge", description=(fxmerge.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=fxmerge.__version__)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is done")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    inspect = verbs.add_parser("inspect", help="print nodes, segments, candidates and refusals of a model")
+    _model_options(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    compress = verbs.add_parser("compress", help="compress a model to a latency budget")
+    _model_options(compress)
+    compress.add_argument("--data", help="an ImageFolder directory, or NAME:ROOT of a torchvision data set on disk (CIFAR10:/data)")
+    compress.add_argument("--images", type=int, default=512, help="calibration images to take (default %(default)s)")
+    compress.add_argument("--speedup", type=float, help="how many times faster than the folded original")
+    compress.add_argument("--fraction", type=float, help="or: which part of its latency may remain")
+    compress.add_argument("--latency-ms", type=float, help="or: milliseconds")
+    compress.add_argument("--exact", action="store_true", help="keep the function; needs no data and no budget")
+    compress.add_argument("--space", default="joint", choices=("joint", "composed", "activations", "layers"))
+    compress.add_argument("--out", required=True, type=Path, help="directory to write plan, weights and report to")
+    compress.set_defaults(run=_compress)
+
+    demo = verbs.add_parser("demo", help="train, compress and fine-tune a small network on real handwritten digits")
+    demo.add_argument("--out", type=Path, default=Path("fxmerge-demo"), help="directory to write to (default %(default)s)")
+    demo.add_argument("--speedup", type=float, default=1.5)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="package.module:factory, or torchvision:NAME")
+    parser.add_argument("--weights", type=Path, help="a state dict (.safetensors, or .pt that holds tensors only)")
+    parser.add_argument("--size", type=int, nargs="+", default=[224], help="image height and width (default 224)")
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="batch size to measure for (default %(default)s)")
+    parser.add_argument("--mean", type=float, nargs="+", default=[0.485, 0.456, 0.406], help="subtracted from images in 0..1")
+    parser.add_argument("--std", type=float, nargs="+", default=[0.229, 0.224, 0.225], help="... which are divided by this")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    graph = fxmerge.trace(_load_model(options), _example(options))
+    print(fxmerge.explain(fxmerge.find_segments(graph)))  # noqa: T201
+
+
+def _compress(options: argparse.Namespace) -> None:
+    if options.data is None and not options.exact:
+        raise InputError("give --data (unlabelled images to calibrate on), or --exact")
+    model = _load_model(options)
+    images = None if options.exact else _images(options)
+    example = _example(options) if images is None else images[: options.batch]
+    result = fxmerge.compress(
+        model,
+        example,
+        speedup=options.speedup,
+        fraction=options.fraction,
+        latency_ms=options.latency_ms,
+        exact=options.exact,
+        calibration=images,
+        space=options.space,
+        progress=True,
+    )
+    result.save(options.out)
+    print(result.report())  # noqa: T201
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fxmerge.demo import run_demo
+
+    print(run_demo(options.out, speedup=options.speedup))  # noqa: T201
+
+
+def _example(options: argparse.Namespace) -> Tensor:
+    height, width = (options.size * 2)[:2] if len(options.size) < 3 else (0, 0)
+    if min(height, width, options.batch, options.channels) < 1:
+        raise InputError(f"--size takes one or two positive numbers, --batch and --channels one, found {options.size}")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(options.batch, options.channels, height, width, generator=generator)
+
+
+def _load_model(options: argparse.Namespace) -> nn.Module:
+    model = _made(options.model)
+    if options.weights is not None:
+        try:
+            model.load_state_dict(_state(options.weights))
+        except RuntimeError as fault:
+            raise InputError(f"{options.weights} does not fit {options.model}: {str(fault).splitlines()[-1].strip()}") from fault
+    return model.eval()
+
+
+def _made(name: str) -> nn.Module:
+    module, _, factory = name.partition(":")
+    if not factory:
+        raise InputError(f"MODEL is package.module:factory or torchvision:NAME, found {name!r}")
+    sys.path.insert(0, "")  # as `python -m` does: the user's own module, in the current directory
+    try:
+        if module == "torchvision":
+            from torchvision.models import get_model
+
+            made = get_model(factory, weights=None)
+        else:
+            made = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, ValueError, TypeError) as fault:
+        raise InputError(f"cannot make {name}: {fault}") from fault
+    finally:
+        sys.path.remove("")
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} made a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:
+        raise InputError(f"{path} is not a state dict of tensors: {str(fault).splitlines()[0]}") from fault
+    return dict(state.get("state_dict", state))
+
+
+def _images(options: argparse.Namespace) -> Tensor:
+    """Calibration images, normalised, (N, C, H, W)."""
+    dataset = _dataset(options)
+    if not len(dataset):
+        raise fxmerge.CalibrationError(f"{options.data} holds no images")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: options.images]
+    return torch.stack([dataset[int(i)][0] for i in order])
+
+
+def _dataset(options: argparse.Namespace) -> Any:
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    size = list((options.size * 2)[:2])
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Resize(size, antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(options.mean, options.std),
+        ]
+    )
+    name, _, root = options.data.partition(":")
+    try:
+        if root and hasattr(datasets, name):
+            return getattr(datasets, name)(root, transform=transform)
+        return datasets.ImageFolder(options.data, transform=transform)
+    except (RuntimeError, FileNotFoundError, TypeError) as fault:
+        raise InputError(f"cannot read {options.data}: {str(fault).splitlines()[0]}") from fault
+
+
+if __name__ == "__main__":
+    sys.exit(main())

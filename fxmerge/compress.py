@@ -1,0 +1,261 @@
+"""The whole story on one screen: from a model and a budget to a merged network that meets it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxmerge.algebra.affine import Affine
+from fxmerge.analysis.candidates import Space, propose
+from fxmerge.analysis.segments import Findings, find_segments
+from fxmerge.core.plan import ParetoFront, Plan
+from fxmerge.core.segment import Proposal
+from fxmerge.core.table import ImportanceTable, LatencyTable, Measurement, Target
+from fxmerge.errors import BudgetError, CalibrationError, InputError, NothingToMergeError
+from fxmerge.graph.trace import as_arguments, trace
+from fxmerge.measure.calibration import Batch, as_batches
+from fxmerge.measure.latency import baseline, measure_latency, worthwhile
+from fxmerge.measure.progress import Bars
+from fxmerge.measure.reconstruction import Reconstruction
+from fxmerge.measure.timer import Timed, Timer, compare
+from fxmerge.operators import Map, Operators
+from fxmerge.passes.annotate import annotate
+from fxmerge.passes.fuse_segments import fuse
+from fxmerge.passes.linearize import linearize
+from fxmerge.result import Result
+from fxmerge.solve.frontier import solve_tables
+from fxmerge.testing import assert_equivalent
+
+log = logging.getLogger(__name__)
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    speedup: float | None = None,
+    fraction: float | None = None,
+    latency_ms: float | None = None,
+    calibration: Any = None,
+    exact: bool = False,
+    space: Space | Literal["joint", "composed", "activations", "layers", "exact"] = "joint",
+    target: Target | None = None,
+    timer: Timer | None = None,
+    scorer: Reconstruction | None = None,
+    operators: Operators | None = None,
+    tolerance: float = 0.03,
+    corrections: int = 4,
+    progress: bool = False,
+) -> Result:
+    """Make a network faster by making it shallower.
+
+    Args:
+        model: the trained network; it is not changed. Its eval-mode behaviour is what counts.
+        example_inputs: a tensor, or the tuple of arguments; their batch and image size are what latency is measured for.
+        speedup: the budget: how many times faster than the original with its batch norms folded. Or:
+        fraction: ... which fraction of that original's latency may remain, above 0 and up to 1. Or:
+        latency_ms: ... how many milliseconds the network may take.
+        calibration: a few hundred unlabelled inputs: a tensor, or an iterable of inputs or (input, label) pairs.
+        exact: keep the function; take only merges that pay. Needs neither budget nor calibration.
+        space: which candidates are offered; see :class:`fxmerge.Space`.
+        target: where and how the network will run; None for this CPU, the inputs' dtype.
+        timer: what measures latency; None for :class:`fxmerge.InterleavedTimer`.
+        scorer: what measures importance and fits weights; None for :class:`fxmerge.Reconstruction`.
+        operators: what is known of operators; None for the default table.
+        tolerance: how far over the budget the measured latency may be, as a fraction of it.
+        corrections: how often to measure, correct the budget and solve again.
+        progress: show bars on standard error.
+
+    Returns:
+        The merged network, its trainable student, the plan, the front and all tables.
+
+    Raises:
+        TraceError, InputError, NotFiniteError: the model or its inputs cannot be used.
+        CalibrationError: the calibration data cannot be used.
+        NothingToMergeError: the network holds no convolution.
+        BudgetError: no plan meets the budget; carries the fastest latency there is.
+    """
+    arguments = as_arguments(example_inputs)
+    asked = None if exact else _asked_fraction(speedup, fraction, latency_ms)
+    target = target or _target_of(arguments)
+    space = Space.named("exact") if exact else space if isinstance(space, Space) else Space.named(space)
+    with Bars(progress) as bars:
+        graph = trace(model, example_inputs)
+        batches = () if exact else _calibration(calibration, graph)
+        findings = find_segments(graph, operators=operators)
+        proposals = _offered(findings, space)
+        latency = measure_latency(findings, proposals, arguments, target=target, timer=timer, progress=bars("latency"))
+        proposals = worthwhile(proposals, latency, findings.region)
+        scorer = scorer or Reconstruction()
+        importance = scorer.score(findings, proposals, batches, progress=bars("importance"))
+        candidates = [candidate for proposal in proposals for candidate in proposal.candidates]
+        front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
+        search = _Search(findings, front, baseline(graph), arguments, target, tolerance)
+        if exact:
+            plan, measured = search.best_exact()
+        else:
+            plan, measured = search.within(asked, latency_ms, corrections, bars("budget"))
+        weights = scorer.fit(findings, plan, batches, progress=bars("fit")) if plan.merges else {}
+    return build(findings, plan, weights, front, proposals, latency, importance, measured, arguments)
+
+
+def build(
+    findings: Findings,
+    plan: Plan,
+    weights: Mapping[str, Affine],
+    front: ParetoFront,
+    proposals: Sequence[Proposal],
+    latency: LatencyTable,
+    importance: ImportanceTable,
+    measured: tuple[Measurement, Measurement],
+    arguments: tuple[Any, ...],
+) -> Result:
+    """Student and merged network of a plan, checked against each other, with all that led to them."""
+    student = linearize(annotate(findings.graph, plan), weights=weights)
+    merged = fuse(student)
+    assert_equivalent(student, merged, [arguments])
+    return Result(
+        model=merged,
+        student=student,
+        plan=plan,
+        front=front,
+        findings=findings,
+        proposals=tuple(proposals),
+        baseline=baseline(findings.graph),
+        latency=latency,
+        importance=importance,
+        measured=measured,
+        example_inputs=arguments,
+        weights=dict(weights),
+    )
+
+
+def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:
+    """The budget as a fraction of the folded original's latency; None where it is absolute."""
+    given = {"speedup": speedup, "fraction": fraction, "latency_ms": latency_ms}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = " and ".join(named) or "none"
+        raise InputError(f"give one budget, speedup=, fraction= or latency_ms= (or exact=True); found {found}")
+    value = given[named[0]]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{named[0]} must be a positive number, found {value!r}")
+    if speedup is not None and speedup < 1:
+        raise InputError(f"speedup must be at least 1, found {speedup}: nothing is made slower on request")
+    if fraction is not None and fraction > 1:
+        raise InputError(f"fraction must be above 0 and at most 1 (the part of the latency that may remain), found {fraction}")
+    return 1 / speedup if speedup is not None else fraction
+
+
+def _target_of(arguments: tuple[Any, ...]) -> Target:
+    first = next((a for a in arguments if isinstance(a, torch.Tensor)), torch.empty(0))
+    floating = first.dtype if first.is_floating_point() else torch.float32
+    return Target(device=first.device.type, dtype=str(floating).removeprefix("torch."))
+
+
+def _calibration(calibration: Any, graph: GraphModule) -> tuple[Batch, ...]:
+    if calibration is None:
+        raise CalibrationError("no calibration given: a few hundred unlabelled inputs are needed (or exact=True, which needs none)")
+    return as_batches(calibration, graph)
+
+
+def _offered(findings: Findings, space: Space) -> tuple[Proposal, ...]:
+    if not any(isinstance(v, Map) and v.role == "convolution" for v in findings.verdicts.values()):
+        reasons = "; ".join(sorted({str(refusal) for refusal in findings.refusals})[:5]) or "it is empty"
+        raise NothingToMergeError(f"the network holds no convolution that fxmerge can read: {reasons}")
+    proposals = propose(findings, space)
+    if not proposals:
+        warnings.warn("nothing can be merged in this network; the folded original is returned", stacklevel=3)
+    return proposals
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Find the plan whose *measured* latency meets the budget."""
+
+    findings: Findings
+    front: ParetoFront
+    original: GraphModule
+    arguments: tuple[Any, ...]
+    target: Target
+    tolerance: float
+
+    def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
+        """The folded original and the merged network of a plan, timed in turn."""
+        merged = fuse(linearize(annotate(self.findings.graph, plan)))
+        original, found = compare([Timed(self.original, self.arguments), Timed(merged, self.arguments)], target=self.target)
+        return original, found
+
+    def best_exact(self) -> tuple[Plan, tuple[Measurement, Measurement]]:
+        """The fastest plan that loses nothing, if it is measurably faster; else none at all."""
+        plan = self.front.plan(0)
+        measured = self.measure(plan)
+        if measured[1].median_ns >= measured[0].median_ns and plan.merges:
+            log.info("exact merges do not pay end to end here; the folded original is kept")
+            plan = Plan(plan.fingerprint, (), self.front.original_ns, 0.0)
+            measured = self.measure(plan)
+        return plan, measured
+
+    def within(
+        self, fraction: float | None, latency_ms: float | None, corrections: int, progress: Any
+    ) -> tuple[Plan, tuple[Measurement, Measurement]]:
+        """Pick, build, measure; correct the budget by what measuring says; until measured and asked agree.
+
+        A plan is good enough when it is not over the budget by more than the tolerance. Of those the least loss is kept. The
+        search ends when one is within the tolerance below as well, or when the front has no plan between the last two.
+        """
+        budget = self.front.original_ns * fraction if fraction is not None else (latency_ms or 0.0) * 1e6
+        low, high = 0, len(self.front) - 1
+        index = self._index(budget)
+        kept: tuple[Plan, tuple[Measurement, Measurement]] | None = None
+        for step in range(corrections + 1):
+            plan = self.front.plan(index)
+            measured = self.measure(plan)
+            asked = measured[0].median_ns * fraction if fraction is not None else budget
+            ratio = measured[1].median_ns / asked
+            log.info("plan of %.3f ms predicted takes %.3f of the budget", (plan.latency_ns or 0) / 1e6, ratio)
+            progress(step + 1, corrections + 1)
+            if ratio <= 1 + self.tolerance:
+                if kept is None or plan.loss < kept[0].loss:
+                    kept = plan, measured
+                low = max(low, index + 1)
+            else:
+                high = min(high, index - 1)
+            if low > high or (1 - self.tolerance <= ratio <= 1 + self.tolerance) or (ratio <= 1 and index == len(self.front) - 1):
+                break
+            index = min(max(self._index((plan.latency_ns or 0) / ratio), low), high)
+        if kept is None:
+            kept = self._fastest(fraction, budget)
+        return kept
+
+    def _index(self, budget_ns: float) -> int:
+        try:
+            return self.front.index(math.floor(budget_ns))
+        except BudgetError:
+            return 0
+
+    def _fastest(self, fraction: float | None, budget: float) -> tuple[Plan, tuple[Measurement, Measurement]]:
+        """The fastest plan there is, if it meets the budget."""
+        plan = self.front.plan(0)
+        measured = self.measure(plan)
+        original, found = (m.median_ns for m in measured)
+        asked = original * fraction if fraction is not None else budget
+        if found > asked * (1 + self.tolerance):
+            raise BudgetError(
+                f"asked for {asked / 1e6:.3f} ms ({original / asked:.2f}x); the fastest plan there is takes {found / 1e6:.3f} ms, "
+                f"measured ({original / found:.2f}x). Ask for that or less, or offer more candidates (space=, max_kernel=).",
+                asked_ns=math.floor(asked),
+                fastest_ns=found,
+            )
+        return plan, measured
+
+
+__all__ = ["build", "compress"]

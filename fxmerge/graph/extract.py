@@ -1,0 +1,61 @@
+"""A stretch of a graph as a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Graph, GraphModule, Node
+
+from fxmerge.graph.edit import shape_after
+from fxmerge.graph.query import describe_module, is_tensor, module_of
+
+
+def extract(graph: GraphModule, nodes: Sequence[Node]) -> tuple[GraphModule, tuple[tuple[int, ...], ...]]:
+    """A GraphModule that computes just these nodes, sharing their modules.
+
+    Args:
+        graph: the whole.
+        nodes: in graph order.
+
+    Returns:
+        The module; its inputs are the tensors that the nodes read from elsewhere, its outputs those that are read elsewhere.
+        And the shapes of its inputs.
+    """
+    inside = set(nodes)
+    part = Graph()
+    twins: dict[Node, Node] = {}
+    shapes = []
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            if operand not in inside and operand not in twins and is_tensor(operand):
+                twins[operand] = part.placeholder(f"x{len(twins)}")
+                shapes.append(shape_after(operand))
+    for node in nodes:
+        twins[node] = part.node_copy(node, twins.__getitem__)
+    read = tuple(twins[node] for node in nodes if any(user not in inside for user in node.users))
+    part.output(read[0] if len(read) == 1 else read)
+    return GraphModule(graph, part), tuple(shapes)
+
+
+def signature(part: GraphModule, shapes: Sequence[tuple[int, ...]]) -> str:
+    """A text that two extracted modules share iff they do the same work: operations, settings and sizes, no names, no weights."""
+    number = {node: index for index, node in enumerate(part.graph.nodes)}
+
+    def plain(value: object) -> str:
+        if isinstance(value, Node):
+            return f"%{number[value]}"
+        if isinstance(value, (tuple, list)):
+            return f"({' '.join(map(plain, value))})"
+        if isinstance(value, dict):
+            return " ".join(f"{key}={plain(item)}" for key, item in value.items())
+        return repr(value)
+
+    lines = []
+    for node in part.graph.nodes:
+        module = module_of(part, node)
+        if node.op in ("placeholder", "output"):
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
+        what = describe_module(module) if module is not None else name
+        lines.append(f"{what} {plain(node.args)} {plain(node.kwargs)}".strip())
+    return "; ".join(lines) + f" @ {' '.join('x'.join(map(str, shape)) for shape in shapes)}"

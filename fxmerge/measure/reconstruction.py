@@ -1,0 +1,318 @@
+"""Weights and importance without training: least squares for the weights, divergence of the output for the importance.
+
+For a candidate with entry x the target y is what the original computes at its exit, before the activation that is kept. Its
+importance is how far the network's output moves when that candidate alone is taken. Two passes over the data serve all candidates
+of a group of entries, one for their normal equations and one for their scores; groups are as large as the memory limit allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxmerge.algebra.affine import Affine, evaluate
+from fxmerge.algebra.least_squares import NormalEquations, covering, unknowns
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.geometry import Geometry
+from fxmerge.core.plan import Plan
+from fxmerge.core.segment import Candidate, Proposal, Segment
+from fxmerge.core.table import Importance, ImportanceTable
+from fxmerge.errors import CalibrationError
+from fxmerge.graph.query import node_named
+from fxmerge.measure.calibration import Batch, as_batches
+from fxmerge.measure.divergence import divergence
+from fxmerge.measure.replay import Replacement, Replay
+from fxmerge.operators import read_maps
+from fxmerge.passes.fold_batchnorm import FoldBatchNorm
+
+Divergence: TypeAlias = Callable[[Any, Any], Tensor]
+Progress: TypeAlias = Callable[[int, int], None]
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """The closed-form scorer, and its fit.
+
+    Args:
+        ridge: of the least squares, relative to the mean of the Gram matrix's diagonal.
+        rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
+        least_rows: at least so many positions.
+        divergence: of a batch's outputs, one value for each image.
+        hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
+        memory_bytes: bound on what the normal equations of one group of entries take together.
+        seed: of the sampling of positions.
+    """
+
+    ridge: float = 1e-4
+    rows_per_unknown: int = 16
+    least_rows: int = 16384
+    divergence: Divergence = divergence
+    hopeless: float = 1.0
+    memory_bytes: int = 2 << 30
+    seed: int = 0
+
+    def score(
+        self,
+        findings: Findings,
+        proposals: Sequence[Proposal],
+        batches: Sequence[Batch],
+        *,
+        progress: Progress | None = None,
+    ) -> ImportanceTable:
+        """The importance of every candidate.
+
+        Args:
+            findings: segments of the traced graph.
+            proposals: what to score.
+            batches: calibration inputs.
+            progress: called with (done, total) candidates.
+
+        Raises:
+            CalibrationError: the network gives NaN or infinity on the calibration inputs.
+        """
+        work = _Work(self, findings, batches)
+        total = sum(len(proposal.candidates) for proposal in proposals)
+        scores: dict[str, Importance] = {}
+        for group in work.groups(proposals):
+            maps = work.weights(group)
+            scores.update(work.scores(group, maps))
+            if progress is not None:
+                progress(len(scores), total)
+        return ImportanceTable(scores)
+
+    def fit(
+        self, findings: Findings, plan: Plan, batches: Sequence[Batch], *, progress: Progress | None = None
+    ) -> dict[str, Affine]:
+        """Weights for the fitted merges of a plan, one after the other from the input on.
+
+        Every merge is fitted to the student's own inputs, as the merges before it make them, and to the original's targets, so
+        that errors do not add up.
+
+        Returns:
+            By candidate id, the map in float64.
+        """
+        work = _Work(self, findings, batches)
+        segments = {(s.entry, s.end): s for s in findings.segments}
+        taken: dict[str, tuple[str, Replacement]] = {}
+        weights: dict[str, Affine] = {}
+        for number, merge in enumerate(plan.merges):
+            segment = segments[merge.entry, merge.end]
+            if merge.kind == "fitted":
+                weights[merge.id] = work.refit(merge, taken)
+            affine = weights.get(merge.id) or work.composed(segment, merge)
+            taken[merge.exit] = (merge.entry, work.replacement(merge, affine))
+            if progress is not None:
+                progress(number + 1, len(plan.merges))
+        return weights
+
+
+#: Candidates that share normal equations: one entry, one stride, one output size, one number of groups.
+_Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass
+class _Work:
+    """One run of the scorer over one network and one calibration set."""
+
+    options: Reconstruction
+    findings: Findings
+    batches: Sequence[Batch]
+    folded: GraphModule = field(init=False)
+    replay: Replay = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folded = FoldBatchNorm(self.findings.operators)(self.findings.graph).graph_module
+        self.replay = Replay(self.folded)
+        self.like = next(p for p in self.folded.parameters() if p.is_floating_point())
+
+    def groups(self, proposals: Sequence[Proposal]) -> Iterator[list[Proposal]]:
+        """Proposals in their order, as many at a time as the memory limit allows."""
+        group: list[Proposal] = []
+        held: dict[_Key, int] = {}
+        for proposal in proposals:
+            sizes = {**held, **{k: max(v, held.get(k, 0)) for k, v in self._sizes(proposal).items()}}
+            if group and sum(sizes.values()) > self.options.memory_bytes:
+                yield group
+                group, sizes = [], self._sizes(proposal)
+            group.append(proposal)
+            held = sizes
+        if group:
+            yield group
+
+    def _sizes(self, proposal: Proposal) -> dict[_Key, int]:
+        sizes: dict[_Key, int] = {}
+        for candidate in proposal.candidates:
+            if candidate.kind == "fitted":
+                # The Gram matrix of the largest kernel, its factor, and the weights that are solved for.
+                m = unknowns(candidate.geometry)
+                sizes[_key(candidate)] = 3 * 8 * candidate.geometry.groups * m * m
+        return sizes
+
+    def weights(self, proposals: Sequence[Proposal]) -> dict[str, Affine]:
+        """Weights for every candidate that has any."""
+        fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
+        equations = self._equations(fitted, {})
+        maps = {c.id: equations[_key(c)].solve(c.exit, c.geometry, ridge=self.options.ridge) for c in fitted}
+        for proposal in proposals:
+            maps.update({c.id: self.composed(proposal.segment, c) for c in proposal.candidates if c.kind == "composed"})
+        return maps
+
+    def _equations(self, fitted: Sequence[Candidate], taken: Mapping[str, tuple[str, Replacement]]) -> dict[_Key, NormalEquations]:
+        """Normal equations for these candidates; ``taken`` are the merges already made in the student."""
+        shared: dict[_Key, list[Candidate]] = {}
+        for candidate in fitted:
+            shared.setdefault(_key(candidate), []).append(candidate)
+        equations = {
+            key: NormalEquations.empty(covering([c.geometry for c in members]), self.like.device) for key, members in shared.items()
+        }
+        generator = torch.Generator().manual_seed(self.options.seed)
+        only = fitted[0] if len(fitted) == 1 else None
+        for batch in self.batches if fitted else ():
+            with torch.inference_mode():
+                original = self.replay.values(batch, last=only.exit if only else None)
+                student = self.replay.values(batch, replaced=taken, last=only.entry) if taken and only else original
+                for key, members in shared.items():
+                    x = student[self.replay.named[key[0]]]
+                    targets = {c.exit: original[self.replay.named[c.exit]] for c in members}
+                    for name, value in ((key[0], x), *targets.items()):
+                        _require_finite(name, value)
+                    positions = self._positions(equations[key].geometry, x, next(iter(targets.values())), generator)
+                    equations[key].add(x, targets, positions)
+        return equations
+
+    def _positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
+        there = x.shape[0] * math.prod(y.shape[2:])
+        wanted = max(self.options.least_rows, self.options.rows_per_unknown * unknowns(geometry))
+        share = math.ceil(wanted * x.shape[0] / sum(len(batch[0]) for batch in self.batches))
+        if share >= there:
+            return None
+        return torch.randperm(there, generator=generator)[:share].to(x.device)
+
+    def composed(self, segment: Segment, candidate: Candidate) -> Affine:
+        """The map that the segment's remaining layers compose to; the identity, where none is left."""
+        if candidate.kind == "identity":
+            return Affine.identity(candidate.geometry.in_channels, len(candidate.geometry.axes))
+        expression = segment.expression.without(candidate.removed)
+        graph = self.findings.graph
+        nodes = [node for step in expression.steps[1:] if (node := node_named(graph, step.name)) is not None]
+        table = self.findings.operators
+        return evaluate(expression, read_maps(graph, nodes, self.findings.verdicts, table))
+
+    def replacement(self, candidate: Candidate, affine: Affine) -> Replacement:
+        """What the candidate computes from its entry, in the network's own dtype."""
+        if candidate.kind == "identity":
+            return lambda x: x
+        weight, bias = affine.weight.to(self.like), affine.bias.to(self.like)
+        geometry = affine.geometry
+        amounts = [amount for pair in reversed(geometry.padding) for amount in pair]
+        convolve = partial(
+            _CONVOLVE[len(geometry.axes)],
+            weight=weight,
+            bias=bias,
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+        return lambda x: convolve(F.pad(x, amounts))
+
+    def refit(self, merge: Candidate, taken: Mapping[str, tuple[str, Replacement]]) -> Affine:
+        """Weights for one merge inside the student made so far."""
+        equations = self._equations([merge], taken)[_key(merge)]
+        return equations.solve(merge.exit, merge.geometry, ridge=self.options.ridge)
+
+    def scores(self, proposals: Sequence[Proposal], maps: Mapping[str, Affine]) -> dict[str, Importance]:
+        """How far the output moves for each candidate alone."""
+        pending = {c.id: (c, maps.get(c.id)) for p in proposals for c in p.candidates if not c.exact}
+        segments = {c.id: p.segment for p in proposals for c in p.candidates}
+        scores = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact}
+        sums = dict.fromkeys(pending, 0.0)
+        images = 0
+        with torch.inference_mode():
+            for batch in self.batches:
+                env = self.replay.values(batch)
+                reference = env[self.replay.output]
+                images += len(batch[0])
+                for name, (candidate, affine) in list(pending.items()):
+                    affine = affine or self.composed(segments[name], candidate)
+                    value = self.replacement(candidate, affine)(env[self.replay.named[candidate.entry]])
+                    changed = self.replay.output_with(env, candidate.exit, value)
+                    sums[name] += float(self.options.divergence(reference, changed).sum())
+                    if not sums[name] / images <= self.options.hopeless:
+                        scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
+                        del pending[name]
+        for name in pending:
+            scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
+        return scores
+
+
+def _key(candidate: Candidate) -> _Key:
+    geometry = candidate.geometry
+    return candidate.entry, geometry.stride, tuple(axis.excess for axis in geometry.axes), geometry.groups
+
+
+def _require_finite(name: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise CalibrationError(f"the network gives NaN or infinity at {name} on the calibration inputs; check their preprocessing")
+
+
+def _sane(loss: float) -> float:
+    """A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+    return loss if math.isfinite(loss) and loss < 1e6 else 1e6
+
+
+def measure_importance(
+    findings: Findings,
+    proposals: Sequence[Proposal],
+    calibration: Any,
+    *,
+    scorer: Reconstruction | None = None,
+    progress: Progress | None = None,
+) -> ImportanceTable:
+    """The importance of every candidate, by closed-form reconstruction.
+
+    Args:
+        findings: segments of a traced graph.
+        proposals: what to score.
+        calibration: a few hundred inputs: a tensor, or an iterable of inputs or (input, label) pairs.
+        scorer: its options; None for the defaults.
+        progress: called with (done, total) candidates.
+
+    Raises:
+        CalibrationError: the calibration data cannot be used.
+    """
+    batches = as_batches(calibration, findings.graph)
+    return (scorer or Reconstruction()).score(findings, proposals, batches, progress=progress)
+
+
+def fit(
+    findings: Findings,
+    plan: Plan,
+    calibration: Any,
+    *,
+    scorer: Reconstruction | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Affine]:
+    """Weights for a plan's fitted merges, from data, in closed form; for ``linearize(..., weights=...)``.
+
+    Args:
+        findings: segments of the graph that the plan was made for.
+        plan: what to fit.
+        calibration: a few hundred inputs: a tensor, or an iterable of inputs or (input, label) pairs.
+        scorer: its options; None for the defaults.
+        progress: called with (done, total) merges.
+
+    Raises:
+        CalibrationError: the calibration data cannot be used.
+    """
+    batches = as_batches(calibration, findings.graph)
+    return (scorer or Reconstruction()).fit(findings, plan, batches, progress=progress)

@@ -1,0 +1,156 @@
+"""The law: a student and its merged network compute the same, whatever the plan, the image size and the batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+
+from fxmerge.algebra.module import convolution, separate_padding
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.plan import Plan
+from fxmerge.core.segment import Candidate, Proposal
+from fxmerge.graph.query import module_of
+from fxmerge.passes.annotate import annotate, merges, stretch
+from fxmerge.passes.fuse_segments import fuse
+from fxmerge.passes.linearize import Linearize
+
+#: Largest difference allowed, over the largest value of the reference.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest value expected; infinite where a value is not finite."""
+    assert expected.shape == found.shape
+    assert expected.dtype == found.dtype
+    error = float((expected - found).abs().max() / expected.abs().max())
+    return error if error == error else float("inf")
+
+
+def random_plan(findings: Findings, proposals: Sequence[Proposal], rng: random.Random) -> Plan:
+    """A plan of candidates that do not overlap; most plans take all that fits, some stop early."""
+    free: set[str] = set()
+    chosen: list[Candidate] = []
+    for proposal in rng.sample(proposals, len(proposals)):
+        if free.isdisjoint(proposal.segment.nodes):
+            free.update(proposal.segment.nodes)
+            chosen.append(rng.choice(proposal.candidates))
+        if rng.random() < 0.02:
+            break
+    return Plan(findings.fingerprint, tuple(chosen))
+
+
+def covering_plans(
+    findings: Findings, proposals: Sequence[Proposal], candidates: Collection[Candidate]
+) -> Iterator[Plan]:
+    """Plans that together hold every one of these candidates once.
+
+    Segments are intervals, nearly: taken by their start and put where they first fit, they need the fewest plans.
+    """
+    plans: list[tuple[set[str], list[Candidate]]] = []
+    position = {node.name: index for index, node in enumerate(findings.graph.graph.nodes)}
+    pairs = [(set(p.segment.nodes), c) for p in proposals for c in p.candidates if c in candidates]
+    for nodes, candidate in sorted(pairs, key=lambda pair: min(map(position.__getitem__, pair[0]))):
+        for taken, members in plans:
+            if taken.isdisjoint(nodes):
+                taken |= nodes
+                members.append(candidate)
+                break
+        else:
+            plans.append((set(nodes), [candidate]))
+    for _, members in plans:
+        yield Plan(findings.fingerprint, tuple(members))
+
+
+def assert_law(graph: GraphModule, plan: Plan, inputs: Sequence[Tensor], *, norms: bool = False) -> None:
+    """A plan's student and merged network agree, as wholes on ``inputs`` and merge by merge on noise of many pixels.
+
+    The second shows what the first may not: taps that see nothing but padding because the image has become small, and
+    which of the merges is at fault.
+
+    Args:
+        graph: traced, in float64 or float32.
+        plan: for it.
+        inputs: images of the graph's dtype.
+        norms: whether fitted convolutions get a norm.
+    """
+    with torch.no_grad():
+        annotated = annotate(graph, plan)
+        student = Linearize(norms=norms, own=False)(annotated).graph_module
+        merged = fuse(student)
+        for x in inputs:
+            given = x.clone()
+            tolerance = TOLERANCE[x.dtype]
+            error = relative_error(student(x), merged(given))
+            assert error <= tolerance, (
+                f"student and merged network differ by {error:.3g} of the largest output at {tuple(x.shape)}\n"
+                + "\n".join(_blame(graph, plan, x, norms=norms))
+            )
+            assert torch.equal(x, given), "the merged network has overwritten its input"
+        for exit_node, merge in merges(merged):
+            _assert_as_promised(merged, exit_node, merge)
+            _assert_piece(student, merged, exit_node, merge, TOLERANCE[inputs[0].dtype])
+
+
+def _blame(graph: GraphModule, plan: Plan, x: Tensor, *, norms: bool) -> Iterator[str]:
+    """Every merge of a plan on its own."""
+    for merge in plan.merges:
+        alone = annotate(graph, Plan(plan.fingerprint, (merge,)))
+        student = Linearize(norms=norms, own=False)(alone).graph_module
+        yield f"{relative_error(student(x), fuse(student)(x)):9.2g}  {merge.id}"
+
+
+def _assert_as_promised(merged: GraphModule, exit_node: Node, merge: Candidate) -> None:
+    """What was built is what the candidate said, for that is what is timed."""
+    promised = convolution(merge.geometry, device="meta")
+    built = module_of(merged, exit_node)
+    assert isinstance(built, nn.modules.conv._ConvNd), f"{merge.id} became {built}"
+    padded = _pad_before(exit_node, merge)
+    assert (separate_padding(merge.geometry) or None) == (padded.args[1] if padded is not None else None), merge.id
+    for fact in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
+        assert getattr(built, fact) == getattr(promised, fact), f"{fact} of {merge.id}"
+    assert built.bias is None or merge.geometry.bias, f"{merge.id} has grown a bias"
+
+
+def _pad_before(exit_node: Node, merge: Candidate) -> Node | None:
+    operand = exit_node.args[0]
+    assert isinstance(operand, Node)
+    return operand if operand.target is F.pad and operand.name != merge.entry else None
+
+
+def _assert_piece(student: GraphModule, merged: GraphModule, exit_node: Node, merge: Candidate, tolerance: float) -> None:
+    """The stretch in the student and the one convolution agree on an image larger than the kernel, and on one smaller."""
+    entry, nodes = stretch(student, next(node for node, found in merges(student) if found == merge), merge)
+    pad = _pad_before(exit_node, merge)
+    layers = [exit_node] if pad is None else [pad, exit_node]
+    operand = layers[0].args[0]
+    assert isinstance(operand, Node)
+    like = next(merged.parameters())
+    for extra in (2, 0):
+        size = [axis.extent + axis.stride * extra + i for i, axis in enumerate(merge.geometry.axes)]
+        if extra == 0:
+            size = [max(1, n // 2) for n in size]
+        cropped = [max(0, -lo, -hi) for lo, hi in merge.geometry.padding]
+        if min(merge.geometry.outputs(size)) < 1 or any(crop > n for crop, n in zip(cropped, size, strict=True)):
+            continue
+        generator = torch.Generator().manual_seed(len(merge.id))
+        x = torch.randn(2, merge.geometry.in_channels, *size, generator=generator, dtype=like.dtype)
+        expected, found = _run(student, entry, nodes, x), _run(merged, operand, layers, x)
+        assert tuple(expected.shape[2:]) == merge.geometry.outputs(size), merge.id
+        error = relative_error(expected, found)
+        assert error <= tolerance, f"{merge.id} is off by {error:.3g} on its own, at {tuple(x.shape)}"
+
+
+def _run(graph: GraphModule, entry: Node, nodes: Sequence[Node], x: Tensor) -> Tensor:
+    """The last of these nodes, computed from a value for ``entry``."""
+    interpreter = fx.Interpreter(graph)
+    interpreter.env[entry] = x
+    for node in nodes:
+        interpreter.env[node] = interpreter.run_node(node)
+    result = interpreter.env[nodes[-1]]
+    assert isinstance(result, Tensor)
+    return result
