@@ -67,7 +67,7 @@ def compress(
         exact: keep the function; take only merges that pay. Needs neither budget nor calibration.
         space: which candidates are offered; see :class:`fxmerge.Space`.
         target: where and how the network will run; None for this CPU, the inputs' dtype.
-        timer: what measures latency; None for :class:`fxmerge.InterleavedTimer`.
+        timer: what measures latency, of single modules and of the whole; None for :class:`fxmerge.InterleavedTimer`.
         scorer: what measures importance and fits weights; None for :class:`fxmerge.Reconstruction`.
         operators: what is known of operators; None for the default table.
         tolerance: how far over the budget the measured latency may be, as a fraction of it.
@@ -98,7 +98,7 @@ def compress(
         importance = scorer.score(findings, proposals, batches, progress=bars("importance"))
         candidates = [candidate for proposal in proposals for candidate in proposal.candidates]
         front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
-        search = _Search(findings, front, baseline(graph), arguments, target, tolerance)
+        search = Search(findings, front, baseline(graph), arguments, target, tolerance, timer)
         if exact:
             plan, measured = search.best_exact()
         else:
@@ -119,8 +119,7 @@ def build(
     arguments: tuple[Any, ...],
 ) -> Result:
     """Student and merged network of a plan, checked against each other, with all that led to them."""
-    student = linearize(annotate(findings.graph, plan), weights=weights)
-    merged = fuse(student)
+    student, merged = build_networks(findings, plan, weights)
     assert_equivalent(student, merged, [arguments])
     return Result(
         model=merged,
@@ -136,6 +135,12 @@ def build(
         example_inputs=arguments,
         weights=dict(weights),
     )
+
+
+def build_networks(findings: Findings, plan: Plan, weights: Mapping[str, Affine]) -> tuple[GraphModule, GraphModule]:
+    """The student of a plan, and its merged network."""
+    student = linearize(annotate(findings.graph, plan), weights=weights)
+    return student, fuse(student)
 
 
 def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:
@@ -178,7 +183,7 @@ def _offered(findings: Findings, space: Space) -> tuple[Proposal, ...]:
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """Find the plan whose *measured* latency meets the budget."""
 
     findings: Findings
@@ -187,11 +192,13 @@ class _Search:
     arguments: tuple[Any, ...]
     target: Target
     tolerance: float
+    timer: Timer | None = None
 
     def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
         """The folded original and the merged network of a plan, timed in turn."""
         merged = fuse(linearize(annotate(self.findings.graph, plan)))
-        original, found = compare([Timed(self.original, self.arguments), Timed(merged, self.arguments)], target=self.target)
+        modules = [Timed(self.original, self.arguments), Timed(merged, self.arguments)]
+        original, found = (self.timer or compare)(modules, target=self.target)
         return original, found
 
     def best_exact(self) -> tuple[Plan, tuple[Measurement, Measurement]]:
@@ -258,4 +265,4 @@ class _Search:
         return plan, measured
 
 
-__all__ = ["build", "compress"]
+__all__ = ["Search", "build", "build_networks", "compress"]

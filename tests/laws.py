@@ -111,8 +111,10 @@ def _assert_as_promised(merged: GraphModule, exit_node: Node, merge: Candidate) 
     assert isinstance(built, nn.modules.conv._ConvNd), f"{merge.id} became {built}"
     padded = _pad_before(exit_node, merge)
     assert (separate_padding(merge.geometry) or None) == (padded.args[1] if padded is not None else None), merge.id
-    for fact in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
+    for fact in ("kernel_size", "stride", "padding", "groups", "in_channels", "out_channels"):
         assert getattr(built, fact) == getattr(promised, fact), f"{fact} of {merge.id}"
+    taps = zip(built.kernel_size, built.dilation, promised.dilation, strict=True)
+    assert all(found == dilation for size, found, dilation in taps if size > 1), f"dilation of {merge.id}"
     assert built.bias is None or merge.geometry.bias, f"{merge.id} has grown a bias"
 
 

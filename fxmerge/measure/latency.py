@@ -50,13 +50,13 @@ def measure_latency(
         proposals: candidates to measure.
         example_inputs: the network's inputs, of the batch and image size to measure for: those the graph was traced with.
         target: device, dtype, layout, back end, threads; None for the CPU as it is.
-        timer: what measures; None for :class:`InterleavedTimer`.
+        timer: what measures, single modules and the whole; None for :class:`InterleavedTimer` and :func:`compare`.
         progress: called with (done, total) measurements.
 
     Returns:
         The table; candidates that cost nothing (they leave no node) have a measurement of 0.
     """
-    target, timer = target or Target(), timer or InterleavedTimer()
+    target = target or Target()
     work: dict[str, Timed | None] = {}
     folded = baseline(findings.graph)
     candidates: dict[str, str] = {}
@@ -67,8 +67,8 @@ def measure_latency(
     for unit, nodes in _replaceable_units(folded, findings.region, proposals):
         units[unit.end] = _enter(work, *extract(folded, nodes))
     keys = [key for key, timed in work.items() if timed is not None]
-    found = timer([work[key] for key in keys], target=target, progress=progress)  # type: ignore[misc]
-    network = compare([Timed(folded, tuple(example_inputs))], target=target)[0]
+    found = (timer or InterleavedTimer())([work[key] for key in keys], target=target, progress=progress)  # type: ignore[misc]
+    network = (timer or compare)([Timed(folded, tuple(example_inputs))], target=target)[0]
     measurements = dict(zip(keys, found, strict=True))
     nothing = Measurement(0, 0, 0, target, network.versions)
     return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, network)

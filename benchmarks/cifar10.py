@@ -1,0 +1,132 @@
+"""Accuracy without training, and measured latency, of CIFAR ResNets at given speed-ups: fitted, composed, baselines.
+
+    python -m benchmarks.cifar10 --network resnet20
+
+Needs ../shared (or FXMERGE_DATA and FXMERGE_WEIGHTS). Latencies are of batch 128 on this machine's CPU, both sides timed in turn in
+one process, against the original with its batch norms folded; accuracy is on all 10,000 test images of the JPEG copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+import fxmerge
+from benchmarks.networks import accuracy, cifar10, cifar_resnet
+from fxmerge.compress import Search, build_networks
+
+SPACES = {
+    "fitted (ours)": "joint",
+    "composed": "composed",
+    "activations only": "activations",
+    "layers only": "layers",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--network", default="resnet20", choices=("resnet20", "resnet56"))
+    parser.add_argument("--images", type=int, default=1024, help="calibration images, unlabelled, from the training split")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.1, 1.2, 1.3, 1.5, 2.0])
+    parser.add_argument("--out", type=Path, help="also write the report to this file")
+    options = parser.parse_args()
+    report = run(options.network, options.images, options.speedups)
+    print(report)  # noqa: T201
+    if options.out:
+        options.out.write_text(report + "\n", encoding="utf-8")
+
+
+def run(name: str, images: int, speedups: list[float]) -> str:
+    """The whole benchmark as one Markdown text."""
+    network = cifar_resnet(name)
+    test_x, test_y = cifar10("test")
+    train_x, _ = cifar10("train")
+    calibration = train_x[torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))[:images]]
+    example = test_x[:128]
+    costs: dict[str, float] = {}
+    with _timed(costs, "trace"):
+        graph = fxmerge.trace(network, example)
+    with _timed(costs, "find"):
+        findings = fxmerge.find_segments(graph)
+        proposals = fxmerge.propose(findings)
+    with _timed(costs, "measure latency"):
+        latency = fxmerge.measure_latency(findings, proposals, (example,))
+    useful = fxmerge.worthwhile(proposals, latency, findings.region)
+    with _timed(costs, "measure importance"):
+        importance = fxmerge.measure_importance(findings, useful, calibration)
+    rows: list[tuple[object, ...]] = [
+        ("original, folded", "1.00", "1.00", "1.00", f"{accuracy(network, test_x, test_y):.2f}", "", "")
+    ]
+    for label, space in SPACES.items():
+        offered = {c.id for p in fxmerge.propose(findings, fxmerge.Space.named(space)) for c in p.candidates}
+        candidates = [c for p in useful for c in p.candidates if c.id in offered]
+        with _timed(costs, "solve"):
+            front = fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint)
+        search = Search(findings, front, fxmerge.baseline(graph), (example,), fxmerge.Target(), tolerance=0.03)
+        rows += [_row(label, speedup, search, calibration, test_x, test_y, costs) for speedup in speedups]
+    heads = ("candidates", "asked", "predicted", "measured", "top-1, no training", "convolutions", "merges")
+    return "\n\n".join(
+        (_title(name, images), tabulate(rows, heads, "github", disable_numparse=True), _costs(costs, latency, useful))
+    )
+
+
+def _row(
+    label: str, speedup: float, search: Search, calibration: Tensor, test_x: Tensor, test_y: Tensor, costs: dict[str, float]
+) -> tuple[object, ...]:
+    try:
+        plan, measured = search.within(1 / speedup, None, 4, lambda done, total: None)
+    except fxmerge.BudgetError as refusal:
+        fastest = search.measure(search.front.plan(0))
+        return label, f"{speedup:.2f}", "", f"cannot; fastest {fastest[0].median_ns / refusal.fastest_ns:.2f}", "", "", ""
+    with _timed(costs, "fit"):
+        weights = fxmerge.fit(search.findings, plan, calibration)
+    with _timed(costs, "fuse"):
+        _, merged = build_networks(search.findings, plan, weights)
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in merged.modules())
+    return (
+        label,
+        f"{speedup:.2f}",
+        f"{search.front.original_ns / max(1, plan.latency_ns or 1):.2f}",
+        f"{measured[0].median_ns / measured[1].median_ns:.2f}",
+        f"{accuracy(merged, test_x, test_y):.2f}",
+        convolutions,
+        len(plan.merges),
+    )
+
+
+@contextmanager
+def _timed(costs: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    costs[stage] = costs.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _title(name: str, images: int) -> str:
+    return (
+        f"# {name}, CIFAR-10 (JPEG), no training\n\n"
+        f"`python -m benchmarks.cifar10 --network {name} --images {images}`, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {torch.get_num_threads()} threads, batch 128, float32, contiguous, eager; {images} "
+        "unlabelled calibration images; speed-ups against the folded original, timed in turn."
+    )
+
+
+def _costs(costs: dict[str, float], latency: fxmerge.LatencyTable, useful: tuple[fxmerge.Proposal, ...]) -> str:
+    rows = [(stage, f"{seconds:.2f}") for stage, seconds in costs.items()]
+    counts = (
+        f"{len(latency.candidates)} candidates, {len(latency.measurements)} distinct geometries measured, "
+        f"{sum(len(p.candidates) for p in useful)} faster than leaving their stretch alone and scored. "
+        "Solve, fit and fuse are sums over all rows."
+    )
+    return f"{counts}\n\n{tabulate(rows, ('stage', 'seconds'), 'github', disable_numparse=True)}"
+
+
+if __name__ == "__main__":
+    main()
