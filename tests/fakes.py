@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -29,7 +30,6 @@ class PriceTimer:
 
     def _price(self, timed: Timed) -> int:
         total = 0
-        handles = []
 
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             nonlocal total
@@ -37,14 +37,13 @@ class PriceTimer:
                 macs = output.numel() * math.prod(module.weight.shape[1:])
                 total += LAYER_NS + macs * MAC_PICOSECONDS // 1000
 
-        for module in timed.module.modules():
-            handles.append(module.register_forward_hook(hook))
-        inputs = [torch.zeros(i) if isinstance(i, tuple) else i.clone() for i in timed.inputs]
-        with torch.no_grad():
-            timed.module(*inputs)
-        for handle in handles:
-            handle.remove()
         assert isinstance(timed.module, GraphModule)
+        module = copy.deepcopy(timed.module).float()
+        for part in module.modules():
+            part.register_forward_hook(hook)
+        inputs = [torch.zeros(i) if isinstance(i, tuple) else i.float() for i in timed.inputs]
+        with torch.no_grad():
+            module(*inputs)
         calls = [node for node in timed.module.graph.nodes if node.op == "call_function"]
         self.asked.append(" ".join(describe_module(m) for m in timed.module.children()))
         return total + ACTIVATION_NS * len(calls)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:
-    """Largest difference over the largest value expected; infinite where a value is not finite."""
+    """Largest difference over the largest value expected (over 1 where that is 0); infinite where a value is NaN."""
     assert expected.shape == found.shape
     assert expected.dtype == found.dtype
-    error = float((expected - found).abs().max() / expected.abs().max())
+    expected, found = expected.detach(), found.detach()
+    error = float((expected - found).abs().max()) / (float(expected.abs().max()) or 1.0)
     return error if error == error else float("inf")
 
 
@@ -44,9 +46,7 @@ def random_plan(findings: Findings, proposals: Sequence[Proposal], rng: random.R
     return Plan(findings.fingerprint, tuple(chosen))
 
 
-def covering_plans(
-    findings: Findings, proposals: Sequence[Proposal], candidates: Collection[Candidate]
-) -> Iterator[Plan]:
+def covering_plans(findings: Findings, proposals: Sequence[Proposal], candidates: Collection[Candidate]) -> Iterator[Plan]:
     """Plans that together hold every one of these candidates once.
 
     Segments are intervals, nearly: taken by their start and put where they first fit, they need the fewest plans.
@@ -66,7 +66,7 @@ def covering_plans(
         yield Plan(findings.fingerprint, tuple(members))
 
 
-def assert_law(graph: GraphModule, plan: Plan, inputs: Sequence[Tensor], *, norms: bool = False) -> None:
+def assert_law(graph: GraphModule, plan: Plan, inputs: Sequence[Tensor], *, norms: bool = False, float32: bool = False) -> None:
     """A plan's student and merged network agree, as wholes on ``inputs`` and merge by merge on noise of many pixels.
 
     The second shows what the first may not: taps that see nothing but padding because the image has become small, and
@@ -77,30 +77,38 @@ def assert_law(graph: GraphModule, plan: Plan, inputs: Sequence[Tensor], *, norm
         plan: for it.
         inputs: images of the graph's dtype.
         norms: whether fitted convolutions get a norm.
+        float32: whether to compare student and merged network once more, both cast to float32.
     """
+    student = Linearize(norms=norms, own=False).apply(annotate(graph, plan))
+    merged = fuse(student)
+    _assert_equal(student, merged, inputs, lambda x: _blame(graph, plan, x, norms=norms))
+    for exit_node, merge in merges(merged):
+        _assert_as_promised(merged, exit_node, merge)
+    if float32:
+        pair = copy.deepcopy(student).float(), copy.deepcopy(merged).float()
+        _assert_equal(*pair, [x.float() for x in inputs], lambda x: iter(merge.id for merge in plan.merges))
+
+
+def _assert_equal(
+    student: GraphModule, merged: GraphModule, inputs: Sequence[Tensor], blame: Callable[[Tensor], Iterator[str]]
+) -> None:
+    tolerance = TOLERANCE[inputs[0].dtype]
     with torch.no_grad():
-        annotated = annotate(graph, plan)
-        student = Linearize(norms=norms, own=False)(annotated).graph_module
-        merged = fuse(student)
         for x in inputs:
             given = x.clone()
-            tolerance = TOLERANCE[x.dtype]
             error = relative_error(student(x), merged(given))
-            assert error <= tolerance, (
-                f"student and merged network differ by {error:.3g} of the largest output at {tuple(x.shape)}\n"
-                + "\n".join(_blame(graph, plan, x, norms=norms))
-            )
+            text = f"student and merged network differ by {error:.3g} of the largest output at {tuple(x.shape)}"
+            assert error <= tolerance, "\n".join((text, *blame(x)))
             assert torch.equal(x, given), "the merged network has overwritten its input"
         for exit_node, merge in merges(merged):
-            _assert_as_promised(merged, exit_node, merge)
-            _assert_piece(student, merged, exit_node, merge, TOLERANCE[inputs[0].dtype])
+            _assert_piece(student, merged, exit_node, merge, tolerance)
 
 
 def _blame(graph: GraphModule, plan: Plan, x: Tensor, *, norms: bool) -> Iterator[str]:
     """Every merge of a plan on its own."""
     for merge in plan.merges:
         alone = annotate(graph, Plan(plan.fingerprint, (merge,)))
-        student = Linearize(norms=norms, own=False)(alone).graph_module
+        student = Linearize(norms=norms, own=False).apply(alone)
         yield f"{relative_error(student(x), fuse(student)(x)):9.2g}  {merge.id}"
 
 

@@ -109,7 +109,8 @@ def networks(draw: st.DrawFn, max_blocks: int = 4) -> Network:
     channels, size = 3, SMALLEST
     for _ in range(draw(st.integers(1, max_blocks))):
         roomy = size > 6
-        kind = draw(st.sampled_from(("layer", "layer", "residual", "residual", "branches", "pool")))
+        kinds = ("layer", "layer", "residual", "residual", "branches", "pool")
+        kind = draw(st.sampled_from(kinds if blocks else kinds[:-1]))
         if kind == "layer":
             block: Block = draw(_layers(channels, roomy=roomy, loose=roomy))
             size = _smallest_side(block, size)

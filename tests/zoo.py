@@ -455,9 +455,7 @@ def _resnet(block: str, layers: list[int], divisor: int, **options: Any) -> Call
 def _mobilenet(width: float, divisor: int = 4) -> Callable[[], nn.Module]:
     table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
     narrow = [[expansion, channels // divisor, blocks, stride] for expansion, channels, blocks, stride in table]
-    return lambda: torchvision.models.MobileNetV2(
-        num_classes=10, width_mult=width, inverted_residual_setting=narrow
-    )
+    return lambda: torchvision.models.MobileNetV2(num_classes=10, width_mult=width, inverted_residual_setting=narrow)
 
 
 #: The networks of the law: torchvision's own code with fewer planes, so that multiplying out in float64 stays cheap.

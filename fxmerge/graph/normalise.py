@@ -175,14 +175,10 @@ def _rename_later_reads(node: Node) -> None:
 
 
 def _module_from_function(graph: GraphModule, node: Node) -> None:
-    build = _FUNCTIONAL.get(node.target) if node.op == "call_function" else None
-    if build is None:
+    if node.op != "call_function" or node.target not in _FUNCTIONAL:
         return
-    try:
-        arguments = node.normalized_arguments(graph, normalize_to_only_use_kwargs=True)
-        values: dict[str, Any] = dict(arguments.kwargs) if arguments else {}
-    except (RuntimeError, TypeError):
-        return
+    signature, build = _FUNCTIONAL[node.target]
+    values: dict[str, Any] = {**dict(zip(signature, node.args, strict=False)), **node.kwargs}
     operand = values.pop("input", None)
     names = {key: str(v.target) for key, v in values.items() if isinstance(v, Node) and v.op == "get_attr"}
     if not isinstance(operand, Node) or any(isinstance(v, Node) and v.op != "get_attr" for v in values.values()):
@@ -265,9 +261,13 @@ def _batch_norm(values: dict[str, Any]) -> nn.Module | None:
     return made
 
 
-_FUNCTIONAL: Mapping[object, Callable[[dict[str, Any]], nn.Module | None]] = {
-    F.conv1d: _convolution(nn.Conv1d, 1),
-    F.conv2d: _convolution(nn.Conv2d, 2),
-    F.conv3d: _convolution(nn.Conv3d, 3),
-    F.batch_norm: _batch_norm,
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+#: function -> (names of its positional arguments, what makes the module).
+_FUNCTIONAL: Mapping[object, tuple[tuple[str, ...], Callable[[dict[str, Any]], nn.Module | None]]] = {
+    F.conv1d: (_CONVOLUTION, _convolution(nn.Conv1d, 1)),
+    F.conv2d: (_CONVOLUTION, _convolution(nn.Conv2d, 2)),
+    F.conv3d: (_CONVOLUTION, _convolution(nn.Conv3d, 3)),
+    F.batch_norm: (_BATCH_NORM, _batch_norm),
 }

@@ -48,6 +48,7 @@ class Reconstruction:
         rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
         least_rows: at least so many positions.
         divergence: of a batch's outputs, one value for each image.
+        score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
         memory_bytes: bound on what the normal equations of one group of entries take together.
         seed: of the sampling of positions.
@@ -57,6 +58,7 @@ class Reconstruction:
     rows_per_unknown: int = 16
     least_rows: int = 16384
     divergence: Divergence = divergence
+    score_images: int = 256
     hopeless: float = 1.0
     memory_bytes: int = 2 << 30
     seed: int = 0
@@ -239,6 +241,8 @@ class _Work:
         images = 0
         with torch.inference_mode():
             for batch in self.batches:
+                if images >= self.options.score_images:
+                    break
                 env = self.replay.values(batch)
                 reference = env[self.replay.output]
                 images += len(batch[0])

@@ -1,0 +1,198 @@
+"""Ways to merge: against all subsets of convolutions, tried one by one; the spaces with a name; what is exact."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from fxmerge.analysis.candidates import Space, propose
+from fxmerge.analysis.segments import Findings, find_segments
+from fxmerge.core.geometry import Geometry
+from fxmerge.core.segment import Candidate, Segment
+from fxmerge.graph.trace import trace
+from tests import zoo
+from tests.zoo import conv, images, specimen
+
+
+def found(name: str) -> Findings:
+    return find_segments(trace(specimen(name), images(name)))
+
+
+def candidates(findings: Findings, segment: str = "", space: Space | None = None) -> list[Candidate]:
+    return [c for p in propose(findings, space) if segment in ("", str(p.segment)) for c in p.candidates]
+
+
+def ids(findings: Findings, segment: str = "", space: Space | None = None) -> list[str]:
+    return [candidate.id.removeprefix(f"{segment} ".replace(" -> ", "->")) for candidate in candidates(findings, segment, space)]
+
+
+def weights(findings: Findings) -> dict[str, float]:
+    graph = findings.graph
+    calls = (node for node in graph.graph.nodes if node.op == "call_module")
+    modules = {node.name: graph.get_submodule(str(node.target)) for node in calls}
+    return {name: float(m.weight.detach().abs().sum()) for name, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
+
+
+NORMS_STAY = pytest.mark.xfail(strict=True, reason="_in_series cuts between a convolution and its norm, so the norm stays")
+
+
+class TestOffers:
+    def test_two_convolutions_compose_lose_one_or_are_fitted(self) -> None:
+        assert ids(found("residual_plus"), "relu -> bn2") == [
+            "identity",
+            "composed 4->4 5x5",
+            "composed 4->4 3x3 pruned",
+            "fitted 4->4 5x5",
+            "fitted 4->4 3x3",
+            "fitted 4->4 1x1",
+        ]
+
+    def test_a_layer_alone_may_go_or_shrink(self) -> None:
+        assert ids(found("residual_plus"), "relu_1 -> bn2") == ["identity", "fitted 4->4 1x1"]
+
+    def test_a_convolution_that_changes_the_shape_is_forced_in(self) -> None:
+        assert ids(found("stride"), "input_1 -> _3") == [
+            "fitted 3->5 7x7 s4x4",
+            "fitted 3->5 5x5 s4x4",
+            "fitted 3->5 3x3 s4x4",
+            "fitted 3->5 1x1 s4x4",
+        ]
+
+    def test_depthwise_stays_depthwise(self) -> None:
+        [composed] = [c for c in candidates(found("depthwise"), "input_1 -> _3") if c.kind == "composed" and not c.removed]
+        assert (composed.geometry.groups, composed.geometry.weight_shape) == (3, (6, 1, 5, 5))
+
+    @NORMS_STAY
+    def test_a_norm_goes_with_the_convolution_before_it(self) -> None:
+        pruned = [c for c in candidates(found("residual_plus")) if c.removed]
+        assert pruned
+        for candidate in pruned:
+            assert ("bn1" in candidate.removed) == ("conv1" in candidate.removed)
+            assert ("bn2" in candidate.removed) == ("conv2" in candidate.removed)
+
+    def test_a_kernel_larger_than_allowed_is_only_offered_smaller(self) -> None:
+        offered = ids(found("residual_plus"), "relu -> bn2", Space(max_kernel=3))
+        assert offered == ["identity", "composed 4->4 3x3 pruned", "fitted 4->4 3x3", "fitted 4->4 1x1"]
+
+    @pytest.mark.parametrize("name", zoo.ZOO)
+    def test_ids_are_unique_in_a_network(self, name: str) -> None:
+        offered = ids(found(name))
+        assert len(offered) == len(set(offered)) > 0
+
+    @pytest.mark.parametrize("name", zoo.ZOO)
+    def test_only_what_keeps_the_shape_may_become_the_identity(self, name: str) -> None:
+        findings = found(name)
+        for proposal in propose(findings):
+            keeps = proposal.segment.expression.geometry.preserves_shape
+            assert any(c.kind == "identity" for c in proposal.candidates) == keeps
+
+    @pytest.mark.parametrize("name", zoo.ZOO)
+    def test_fitted_kernels_sit_inside_the_composed_one(self, name: str) -> None:
+        for proposal in propose(found(name)):
+            whole = proposal.segment.expression.geometry
+            for candidate in (c for c in proposal.candidates if c.kind == "fitted"):
+                small = candidate.geometry
+                assert small.bias
+                assert (small.groups, small.stride) == (whole.groups, whole.stride)
+                for inner, outer in zip(small.axes, whole.axes, strict=True):
+                    assert outer.offset <= inner.offset
+                    assert inner.last <= outer.last
+                    assert inner.outputs(20) == outer.outputs(20)
+
+
+def choices(segment: Segment, norms: dict[str, float]) -> Iterator[tuple[Geometry, float, frozenset[str]]]:
+    """Every subset of the convolutions that may go: what is left, its L1 norm, and the names that go, norms included."""
+    steps = segment.expression.steps
+    readers = [sum(i in step.operands for step in steps) for i in range(len(steps))]
+    behind = {steps[s.operands[0]].name: s.name for s in steps if s.role == "norm" and readers[s.operands[0]] == 1}
+    prunable = [s.name for s in segment.expression.convolutions if s.geometry is not None and s.geometry.preserves_shape]
+    for size in range(len(prunable) + 1):
+        for gone in map(frozenset, itertools.combinations(prunable, size)):
+            removed = gone | {behind[name] for name in gone if name in behind}
+            kept = sum(norms[name] for name in segment.convolutions if name not in gone)
+            yield segment.expression.without(removed).geometry, kept, removed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("residual_plus", marks=NORMS_STAY),
+        pytest.param("pre_activation", marks=NORMS_STAY),
+        pytest.param("inverted_residual", marks=NORMS_STAY),
+        "concat_branches",
+        "groups",
+        "no_bias",
+        "same_padding",
+    ],
+)
+def test_of_the_subsets_that_give_one_geometry_the_one_that_keeps_most_is_offered(name: str) -> None:
+    findings = found(name)
+    norms = weights(findings)
+    for segment in findings.segments:
+        best: dict[Geometry, tuple[float, frozenset[str]]] = {}
+        for geometry, kept, removed in choices(segment, norms):
+            if geometry not in best or kept > best[geometry][0]:
+                best[geometry] = kept, removed
+        several = len(segment.convolutions) > 1 or segment.activations or " + " in str(segment.expression)
+        expected = {
+            (geometry, removed)
+            for geometry, (_, removed) in best.items()
+            if several and removed and not set(segment.convolutions) <= removed and max(geometry.kernel) <= 99
+        }
+        space = Space(max_kernel=99, fitted=False, identity=False)
+        offered = {(c.geometry, frozenset(c.removed)) for c in candidates(findings, str(segment), space) if c.removed}
+        assert offered == expected, segment
+
+
+class TestSpaces:
+    NAME = "residual_plus"
+
+    def test_joint_is_everything(self) -> None:
+        assert candidates(found(self.NAME), space=Space.named("joint")) == candidates(found(self.NAME))
+
+    def test_composed_is_what_was_published(self) -> None:
+        assert {c.kind for c in candidates(found(self.NAME), space=Space.named("composed"))} == {"composed", "identity"}
+
+    def test_activations_removes_nothing_else(self) -> None:
+        offered = candidates(found(self.NAME), space=Space.named("activations"))
+        assert {c.kind for c in offered} == {"composed"}
+        assert all(c.activations and not c.removed for c in offered)
+
+    def test_layers_drops_single_convolutions_only(self) -> None:
+        offered = candidates(found(self.NAME), space=Space.named("layers"))
+        assert {c.id for c in offered} == {"relu->relu_1 identity", "relu_1->bn2 identity"}
+
+    def test_exact_keeps_the_function(self) -> None:
+        offered = candidates(found("repvgg_block"), space=Space.named("exact"))
+        assert {c.id for c in offered} == {"_1->relu composed 4->4 3x3", "relu->relu_1 composed 4->6 3x3 s2x2"}
+        assert all(c.exact for c in offered)
+
+    def test_exact_offers_nothing_where_activations_or_borders_would_go(self) -> None:
+        assert not candidates(found(self.NAME), space=Space.named("exact"))
+
+    def test_every_name_is_a_space(self) -> None:
+        for name in ("joint", "composed", "activations", "layers", "exact"):
+            assert isinstance(Space.named(name), Space)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layers", "exact"),
+    [
+        ([conv(3, 4), conv(4, 4, 1)], True),
+        ([conv(3, 4, 1, bias=False), conv(4, 4)], True),
+        ([conv(3, 4, 1), conv(4, 4)], False),
+        ([conv(3, 4), conv(4, 4)], False),
+        ([conv(3, 4, padding=0), conv(4, 4, padding=0)], True),
+        ([conv(3, 4), nn.ReLU(), conv(4, 4, 1)], False),
+        ([conv(3, 4), conv(4, 4, 1), nn.ReLU()], True),
+    ],
+    ids=["3x3 1x1", "1x1 3x3", "1x1 with bias 3x3", "3x3 3x3", "unpadded", "activation inside", "activation behind"],
+)
+def test_exact_means_no_activation_gone_and_borders_kept(layers: list[nn.Module], exact: bool) -> None:
+    findings = find_segments(trace(nn.Sequential(*layers), torch.zeros(1, 3, 9, 9)))
+    [last] = [c for c in candidates(findings) if c.kind == "composed" and not c.removed]
+    assert last.exact is exact

@@ -1,0 +1,205 @@
+"""The law on real architectures and on random ones: student and merged network are equal, whatever the plan."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxmerge.analysis.candidates import propose
+from fxmerge.analysis.segments import Findings, find_segments
+from fxmerge.core.plan import Plan
+from fxmerge.core.segment import Candidate, Proposal
+from fxmerge.graph.trace import trace
+from fxmerge.passes import fuse_segments
+from fxmerge.passes.annotate import annotate
+from fxmerge.passes.fuse_segments import fuse
+from fxmerge.passes.linearize import linearize
+from tests.laws import TOLERANCE, assert_law, covering_plans, random_plan, relative_error
+from tests.strategies import SMALLEST, Network, networks
+from tests.zoo import NETWORKS, ZOO, images, network, randomise_, specimen
+
+SAMPLE = 300
+PLANS = 20
+#: Odd and even, square and not, and batches other than the one traced.
+SIZES = ((2, (40, 40)), (1, (33, 47)), (3, (51, 32)))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A network that has been searched, in both precisions."""
+
+    model: nn.Module
+    graph: GraphModule
+    graph32: GraphModule
+    findings: Findings
+    proposals: tuple[Proposal, ...]
+    inputs: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Tensor, inputs: tuple[Tensor, ...]) -> Case:
+        graph = trace(model, example)
+        findings = find_segments(graph)
+        return cls(model, graph, copy.deepcopy(graph).float(), findings, propose(findings), inputs)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return [candidate for proposal in self.proposals for candidate in proposal.candidates]
+
+    def assert_covered(self, candidates: Collection[Candidate]) -> None:
+        """The law for every one of these candidates, in plans of as many as fit together."""
+        covered: set[Candidate] = set()
+        for number, plan in enumerate(covering_plans(self.findings, self.proposals, candidates)):
+            x = self.inputs[number % len(self.inputs)]
+            assert_law(self.graph, plan, [x], norms=number % 2 == 0, float32=True)
+            covered.update(plan.merges)
+        assert covered == set(candidates)
+
+    def assert_whole(self, rng: random.Random, *, norms: bool) -> None:
+        """The law for a random plan, at all sizes and in both precisions."""
+        plan = random_plan(self.findings, self.proposals, rng)
+        assert_law(self.graph, plan, self.inputs, norms=norms)
+        assert_law(self.graph32, plan, [x.float() for x in self.inputs], norms=norms)
+
+    def assert_function_kept(self, candidate: Candidate) -> None:
+        """An exact candidate computes what the original does."""
+        merged = fuse(linearize(annotate(self.graph, Plan(self.findings.fingerprint, (candidate,)))))
+        for x in self.inputs:
+            with torch.no_grad():
+                error = relative_error(self.model(x.clone()), merged(x.clone()))
+            assert error <= TOLERANCE[torch.float64], candidate.id
+
+
+@cache
+def case(name: str) -> Case:
+    inputs = tuple(images(batch=batch, size=size, seed=batch) for batch, size in SIZES)
+    return Case.of(network(name), images(size=(40, 40)), inputs)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+class TestNetworks:
+    def test_every_candidate_alone(self, name: str) -> None:
+        offered = case(name).candidates
+        sample = random.Random(0).sample(offered, min(SAMPLE, len(offered)))
+        assert len(sample) > 80
+        case(name).assert_covered(sample)
+
+    def test_whole_plans(self, name: str) -> None:
+        rng = random.Random(1)
+        for number in range(PLANS):
+            case(name).assert_whole(rng, norms=number % 2 == 0)
+
+    def test_exact_candidates_keep_the_original_function(self, name: str) -> None:
+        exact = [candidate for candidate in case(name).candidates if candidate.exact]
+        assert bool(exact) == (name == "repvgg" or name.startswith("mobilenet"))
+        for candidate in exact:
+            case(name).assert_function_kept(candidate)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        torchvision.models.resnet.resnet18,
+        lambda: torchvision.models.MobileNetV2(width_mult=1.0),
+        lambda: torchvision.models.MobileNetV2(width_mult=1.4),
+    ],
+    ids=["resnet18", "mobilenet_v2_1.0", "mobilenet_v2_1.4"],
+)
+def test_a_whole_plan_at_full_width(build: type[nn.Module]) -> None:
+    model = randomise_(build().double(), 0, images(batch=4, size=(40, 40))).eval()
+    whole = Case.of(model, images(size=(40, 40)), (images(size=(33, 40)),))
+    whole.assert_whole(random.Random(2), norms=True)
+
+
+@pytest.mark.parametrize("name", ZOO)
+class TestZoo:
+    SIZES = ((2, (12, 12)), (1, (9, 14)), (3, (13, 11)))
+
+    def case(self, name: str) -> Case:
+        inputs = tuple(images(name, batch=batch, size=size, seed=batch) for batch, size in self.SIZES)
+        return Case.of(specimen(name), images(name), inputs)
+
+    def test_every_candidate_alone_and_whole_plans(self, name: str) -> None:
+        found = self.case(name)
+        found.assert_covered(found.candidates)
+        rng = random.Random(1)
+        for number in range(3):
+            found.assert_whole(rng, norms=number % 2 == 0)
+
+    def test_exact_candidates_keep_the_original_function(self, name: str) -> None:
+        found = self.case(name)
+        for candidate in found.candidates:
+            if candidate.exact:
+                found.assert_function_kept(candidate)
+
+
+class TestRandomNetworks:
+    @settings(max_examples=60)
+    @given(networks(), st.randoms(use_true_random=False))
+    def test_the_law_and_the_plan_through_json(self, network: Network, rng: random.Random) -> None:
+        torch.manual_seed(0)
+        inputs = (images(size=(SMALLEST, 18)), images(size=(16, 15), batch=1))
+        found = Case.of(network.build(), images(size=(16, SMALLEST)), inputs)
+        for number in range(3):
+            plan = random_plan(found.findings, found.proposals, rng)
+            assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+            assert_law(found.graph, plan, inputs, norms=number % 2 == 0)
+
+    @settings(max_examples=60)
+    @given(networks(max_blocks=3))
+    def test_exact_candidates_keep_the_original_function(self, network: Network) -> None:
+        torch.manual_seed(0)
+        inputs = (images(size=(SMALLEST, 18)), images(size=(16, 15), batch=1))
+        found = Case.of(network.build(), images(size=(16, SMALLEST)), inputs)
+        for candidate in [candidate for candidate in found.candidates if candidate.exact][:6]:
+            found.assert_function_kept(candidate)
+
+    @settings(max_examples=30)
+    @given(networks(), st.randoms(use_true_random=False))
+    def test_the_model_the_graph_and_the_example_are_untouched(self, network: Network, rng: random.Random) -> None:
+        model = network.build()
+        model.train()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        example = images(size=(16, SMALLEST))
+        found = Case.of(model, example, ())
+        text, shared = str(found.graph.graph), {key: value.clone() for key, value in found.graph.state_dict().items()}
+        fuse(linearize(annotate(found.graph, random_plan(found.findings, found.proposals, rng)), norms=True))
+        assert all(module.training for module in model.modules())
+        assert torch.equal(example, images(size=(16, SMALLEST)))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert str(found.graph.graph) == text
+        assert all(torch.equal(value, shared[key]) for key, value in found.graph.state_dict().items())
+
+
+def test_a_difference_in_one_tap_of_one_merge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law itself can fail, and says which merge is at fault."""
+    found = TestZoo().case("residual_plus")
+    [candidate] = [c for c in found.candidates if c.id == "relu->bn2 composed 4->4 5x5"]
+    other = next(c for c in found.candidates if c.id.startswith("x->relu fitted"))
+    built = fuse_segments.convolution_with
+
+    def wrong(affine: object, **options: object) -> nn.Module:
+        module = built(affine, **options)  # type: ignore[arg-type]
+        module.weight.data[0, 0, 0, 0] += 1e-6  # type: ignore[index, operator, union-attr]
+        return module
+
+    monkeypatch.setattr(fuse_segments, "convolution_with", wrong)
+    plan = Plan(found.findings.fingerprint, (other, candidate))
+    with pytest.raises(AssertionError, match=r"differ by .*\n +\d\.\de-1\d  x->relu fitted.*\n +\d\.\de-0\d  .* 5x5$"):
+        assert_law(found.graph, plan, found.inputs)
