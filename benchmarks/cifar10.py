@@ -82,12 +82,15 @@ def _row(
     label: str, speedup: float, search: Search, calibration: Tensor, test_x: Tensor, test_y: Tensor, costs: dict[str, float]
 ) -> tuple[object, ...]:
     try:
-        plan, measured = search.within(1 / speedup, None, 4, lambda done, total: None)
+        found = search.within(1 / speedup, None, 4, lambda done, total: None)
     except fxmerge.BudgetError as refusal:
         fastest = search.measure(search.front.plan(0))
         return label, f"{speedup:.2f}", "", f"cannot; fastest {fastest[0].median_ns / refusal.fastest_ns:.2f}", "", "", ""
-    with _timed(costs, "fit"):
-        weights = fxmerge.fit(search.findings, plan, calibration)
+    with _timed(costs, "fit (up to 9 plans a row)"):
+        batches = fxmerge.as_batches(calibration, search.findings.graph)
+        plan, measured, weights = search.best_near(
+            found, 1 / speedup, None, fxmerge.Reconstruction(), batches, lambda done, total: None
+        )
     with _timed(costs, "fuse"):
         _, merged = build_networks(search.findings, plan, weights)
     convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in merged.modules())

@@ -27,7 +27,7 @@ from fxmerge.graph.trace import trace
 from fxmerge.measure.cost import cost
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
-from fxmerge.passes.linearize import linearize
+from fxmerge.passes.linearize import added_norms, linearize
 
 PLAN, WEIGHTS, ABOUT, REPORT = "plan.json", "student.safetensors", "about.json", "report.txt"
 
@@ -136,9 +136,7 @@ def save_student(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    norms = any(
-        name.startswith("merged.") and isinstance(m, nn.modules.batchnorm._BatchNorm) for name, m in student.named_modules()
-    )
+    norms = bool(added_norms(student))
     about = {"norms": norms, "inputs": [_described(value) for value in example_inputs]}
     scratch = folder / (WEIGHTS + ".part")
     save_model(student, str(scratch))

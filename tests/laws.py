@@ -46,7 +46,7 @@ def random_plan(findings: Findings, proposals: Sequence[Proposal], rng: random.R
     return Plan(findings.fingerprint, tuple(chosen))
 
 
-def covering_plans(findings: Findings, proposals: Sequence[Proposal], candidates: Collection[Candidate]) -> Iterator[Plan]:
+def covering_plans(findings: Findings, proposals: Sequence[Proposal], candidates: Collection[Candidate]) -> list[Plan]:
     """Plans that together hold every one of these candidates once.
 
     Segments are intervals, nearly: taken by their start and put where they first fit, they need the fewest plans.
@@ -62,8 +62,27 @@ def covering_plans(findings: Findings, proposals: Sequence[Proposal], candidates
                 break
         else:
             plans.append((set(nodes), [candidate]))
-    for _, members in plans:
-        yield Plan(findings.fingerprint, tuple(members))
+    return [Plan(findings.fingerprint, tuple(members)) for _, members in plans]
+
+
+def filled(plans: Sequence[Plan], proposals: Sequence[Proposal], count: int, rng: random.Random) -> list[Plan]:
+    """These plans with other candidates in their gaps, none twice, and more such plans, until there are so many candidates."""
+    nodes = {c: set(p.segment.nodes) for p in proposals for c in p.candidates}
+    left = [c for c in rng.sample([*nodes], len(nodes)) if not any(c in plan.merges for plan in plans)]
+    count -= sum(len(plan.merges) for plan in plans)
+    result: list[Plan] = []
+    while len(result) < len(plans) or (left and count > 0):
+        given = plans[min(len(result), len(plans) - 1)]
+        members = list(given.merges) if len(result) < len(plans) else []
+        taken = {name for merge in members for name in nodes[merge]}
+        for candidate in [*left]:
+            if count > 0 and taken.isdisjoint(nodes[candidate]):
+                taken |= nodes[candidate]
+                members.append(candidate)
+                left.remove(candidate)
+                count -= 1
+        result.append(Plan(given.fingerprint, tuple(members)))
+    return result
 
 
 def assert_law(graph: GraphModule, plan: Plan, inputs: Sequence[Tensor], *, norms: bool = False, float32: bool = False) -> None:

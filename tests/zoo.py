@@ -463,7 +463,7 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "resnet18": _resnet("BasicBlock", [2, 2, 2, 2], 8),
     "resnet34": _resnet("BasicBlock", [3, 4, 6, 3], 8),
     "resnet50": _resnet("Bottleneck", [3, 4, 6, 3], 8),
-    "resnext50_32x4d": _resnet("Bottleneck", [3, 4, 6, 3], 4, groups=4, width_per_group=8),
+    "resnext50_32x4d": _resnet("Bottleneck", [3, 4, 6, 3], 8, groups=4, width_per_group=8),
     "mobilenet_v2_1.0": _mobilenet(1.0),
     "mobilenet_v2_1.4": _mobilenet(1.4),
     "vgg16_bn": lambda: _narrow_vgg16_bn(8),

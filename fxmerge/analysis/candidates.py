@@ -186,7 +186,8 @@ def _in_series(expression: Expression) -> list[Expression]:
     cuts = [0]
     for index in range(1, len(steps)):
         reach = max(reach, readers[index - 1])
-        if reach <= index:
+        goes_with_next = index + 1 < len(steps) and steps[index + 1].role == "norm"
+        if reach <= index and not goes_with_next:
             cuts.append(index)
     geometries = expression.geometries()
     parts = []

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.graph.meta import facts, record
+from fxmerge.graph.query import is_impure
 
 
 def copied(graph: GraphModule) -> GraphModule:
@@ -31,9 +33,14 @@ def put_module(graph: GraphModule, target: str, module: nn.Module) -> None:
 
 
 def free_target(graph: GraphModule, wanted: str) -> str:
-    """A qualified module name like the one wanted that is not taken."""
+    """A qualified module name like the one wanted that is not taken, nor lies below a layer of the model."""
     taken = {name for name, _ in graph.named_modules()}
+    root, _, rest = wanted.partition(".")
     number = 0
+    while rest and type(getattr(graph, root, None)) not in (nn.Module, type(None)):
+        number += 1
+        root = f"{wanted.partition('.')[0]}_{number}"
+    wanted, number = f"{root}.{rest}" if rest else wanted, 0
     while (name := f"{wanted}_{number}" if number else wanted) in taken:
         number += 1
     return name
@@ -70,9 +77,23 @@ def erase(nodes: Sequence[Node]) -> None:
         node.graph.erase_node(node)
 
 
+def like_of(graph: GraphModule, entry: Node, nodes: Sequence[Node]) -> torch.Tensor:
+    """A tensor whose dtype, device and layout new weights in place of these nodes should have: a weight of theirs.
+
+    Where they have none, an empty one like the tensor that enters.
+    """
+    modules = [graph.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
+    held = [p for module in modules for p in module.parameters() if p.is_floating_point()]
+    others = [p for p in graph.parameters() if p.is_floating_point()]
+    dtype = facts(entry).dtype
+    if held:
+        return max(held, key=torch.Tensor.dim)
+    return next((p for p in others if p.dtype == dtype), torch.empty(0, dtype=dtype))
+
+
 def tidy(graph: GraphModule) -> GraphModule:
     """Remove dead code and modules that nothing calls, check the graph and recompile it; returns the same object."""
-    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.graph.eliminate_dead_code(is_impure)
     graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()

@@ -21,7 +21,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.graph.edit import become_module, free_target
-from fxmerge.graph.query import module_of
+from fxmerge.graph.meta import facts
+from fxmerge.graph.query import is_impure, module_of
 
 #: nn.Module type -> (function, attributes that become keyword arguments). Types are matched exactly: a subclass may do more.
 ACTIVATION_MODULES: Mapping[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -65,8 +66,14 @@ SPELLINGS: Mapping[object, Callable[..., Any]] = {
     F.tanh: torch.tanh,
 }
 
-#: Targets that overwrite their first operand, beside those called with ``inplace=True``.
-IN_PLACE: frozenset[object] = frozenset(
+_OPERATORS: Mapping[object, Callable[..., Any]] = {
+    operator.imul: operator.mul,
+    operator.isub: operator.sub,
+    operator.itruediv: operator.truediv,
+}
+
+#: Targets that overwrite their first operand, beside methods that end in ``_`` and what is called with ``inplace=True``.
+IN_PLACE: frozenset[object] = frozenset(_OPERATORS) | frozenset(
     {
         "relu_",
         "tanh_",
@@ -99,11 +106,9 @@ def normalise(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def is_impure(node: Node) -> bool:
-    """Whether a node does something beside computing its value, so that it stays although nobody reads it."""
-    if node.op in ("placeholder", "output") or node.target in (operator.setitem, torch._assert):
-        return True
-    return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
+def reads_shapes(graph: GraphModule) -> bool:
+    """Whether :func:`normalise` wants shapes recorded before: which kind of norm a function is depends on its operand's rank."""
+    return any(node.target is F.batch_norm for node in graph.graph.nodes)
 
 
 def _drop_assert(node: Node) -> None:
@@ -116,7 +121,15 @@ def _overwrites(graph: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
         module = module_of(graph, node)
         return type(module) in ACTIVATION_MODULES and bool(getattr(module, "inplace", False))
-    return node.target in IN_PLACE or node.kwargs.get("inplace") is True
+    return node.target in IN_PLACE or node.kwargs.get("inplace") is True or _twin_method(node) is not None
+
+
+def _twin_method(node: Node) -> str | None:
+    """The method that computes what an in-place method computes, and writes elsewhere; None for other nodes."""
+    name = str(node.target)
+    if node.op != "call_method" or not name.endswith("_") or name.endswith("__") or name == "requires_grad_":
+        return None
+    return name[:-1] if callable(getattr(torch.Tensor, name[:-1], None)) else None
 
 
 def _activation_from_module(graph: GraphModule, node: Node) -> None:
@@ -140,7 +153,10 @@ def _respell(node: Node) -> None:
     node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
     if node.op == "call_function" and node.target in _INPLACE_POSITION and len(node.args) > _INPLACE_POSITION[node.target]:
         node.args = node.args[: _INPLACE_POSITION[node.target]]
+    if node.target in _OPERATORS:
+        node.target = _OPERATORS[node.target]
     if node.target not in SPELLINGS:
+        node.target = _twin_method(node) or node.target
         return
     adds = SPELLINGS[node.target] is operator.add
     if adds and not (len(node.args) == 2 and not node.kwargs):
@@ -184,10 +200,12 @@ def _module_from_function(graph: GraphModule, node: Node) -> None:
     if not isinstance(operand, Node) or any(isinstance(v, Node) and v.op != "get_attr" for v in values.values()):
         return
     tensors = {key: _attribute(graph, names[key]) if key in names else v for key, v in values.items()}
-    module = build(tensors)
+    module = build({**tensors, "rank": len(facts(operand).shape or ())})
     if module is None:
         return
-    target = _home(names) or free_target(graph, f"functional.{node.name}")
+    home = _home(names)
+    taken = {str(other.target) for other in graph.graph.nodes if other.op == "call_module"}
+    target = home if home and home not in taken else free_target(graph, f"functional.{node.name}")
     for name, buffer in _other_buffers(graph, target, module):
         module.register_buffer(name, buffer)
     become_module(graph, node, target, module, operand)
@@ -250,9 +268,8 @@ def _batch_norm(values: dict[str, Any]) -> nn.Module | None:
     if mean is None or variance is None or values.get("training", False):
         return None
     weight, bias = values.get("weight"), values.get("bias")
-    module: Any = nn.BatchNorm2d(
-        mean.shape[0], values.get("eps", 1e-5), values.get("momentum", 0.1), weight is not None, device="meta"
-    )
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 5: nn.BatchNorm3d}.get(values["rank"], nn.BatchNorm2d)
+    module: Any = kind(mean.shape[0], values.get("eps", 1e-5), values.get("momentum", 0.1), weight is not None, device="meta")
     module.running_mean, module.running_var = mean, variance
     module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
     if weight is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -15,6 +17,14 @@ from fxmerge.graph.meta import facts
 def module_of(graph: GraphModule, node: Node) -> nn.Module | None:
     """The module that a node calls, or None for other nodes."""
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def is_impure(node: Node) -> bool:
+    """Whether a node does something beside computing its value, so that it stays although nobody reads it."""
+    if node.op in ("placeholder", "output") or node.target in (operator.setitem, torch._assert) or "out" in node.kwargs:
+        return True
+    in_place = str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return (node.op == "call_method" and in_place) or node.kwargs.get("inplace") is True
 
 
 def node_named(graph: GraphModule, name: str) -> Node | None:

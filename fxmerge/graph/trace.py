@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx import GraphModule, Node
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import InputError, NotFiniteError, TraceError
 from fxmerge.graph.meta import facts, record
-from fxmerge.graph.normalise import normalise
+from fxmerge.graph.normalise import normalise, reads_shapes
 
 _HERE = Path(__file__).resolve().parents[1]
 _TORCH = Path(torch.__file__).resolve().parent
@@ -52,6 +53,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     expected = _reference(twin, arguments, keywords)
     graph = _captured(twin)
     _note_sources(graph)
+    if reads_shapes(graph):
+        propagate_shapes(graph, arguments, keywords)
     normalise(graph)
     found = propagate_shapes(graph, arguments, keywords)
     _check_same(expected, found)
@@ -74,6 +77,8 @@ def as_arguments(inputs: Any) -> tuple[Any, ...]:
 def check_finite(model: nn.Module) -> None:
     """Raise NotFiniteError naming the first parameter or buffer that holds a NaN or an infinity."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(f"{name} is uninitialized: run the model once on an input before giving it to fxmerge")
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NotFiniteError(
@@ -91,7 +96,7 @@ def propagate_shapes(graph: GraphModule, arguments: Sequence[Any], keywords: Map
     recorder = _ShapeRecorder(graph)
     try:
         with torch.no_grad():
-            return recorder.run(*_placed(graph, arguments, keywords or {}))
+            return recorder.run(*_placed(graph, _fresh(arguments), keywords or {}))
     except Exception as fault:
         raise InputError(f"the graph rejects inputs of {_sizes(arguments)}: {_first_line(fault)}") from fault
 

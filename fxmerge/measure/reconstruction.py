@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -117,6 +116,12 @@ class Reconstruction:
                 progress(number + 1, len(plan.merges))
         return weights
 
+    def fit_and_score(self, findings: Findings, plan: Plan, batches: Sequence[Batch]) -> tuple[dict[str, Affine], float]:
+        """:meth:`fit`, and how far the output of the whole merged network then is from the original's."""
+        work = _Work(self, findings, batches)
+        weights = self.fit(findings, plan, batches)
+        return weights, work.loss_of(plan, weights)
+
 
 #: Candidates that share normal equations: one entry, one stride, one output size, one number of groups.
 _Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], int]
@@ -135,7 +140,8 @@ class _Work:
     def __post_init__(self) -> None:
         self.folded = FoldBatchNorm(self.findings.operators)(self.findings.graph).graph_module
         self.replay = Replay(self.folded)
-        self.like = next(p for p in self.folded.parameters() if p.is_floating_point())
+        empty = torch.empty(0)
+        self.like: Tensor = next((p for p in self.folded.parameters() if p.is_floating_point()), empty)
 
     def groups(self, proposals: Sequence[Proposal]) -> Iterator[list[Proposal]]:
         """Proposals in their order, as many at a time as the memory limit allows."""
@@ -214,18 +220,18 @@ class _Work:
         """What the candidate computes from its entry, in the network's own dtype."""
         if candidate.kind == "identity":
             return lambda x: x
-        weight, bias = affine.weight.to(self.like), affine.bias.to(self.like)
         geometry = affine.geometry
         amounts = [amount for pair in reversed(geometry.padding) for amount in pair]
-        convolve = partial(
-            _CONVOLVE[len(geometry.axes)],
-            weight=weight,
-            bias=bias,
-            stride=geometry.stride,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-        )
-        return lambda x: convolve(F.pad(x, amounts))
+        convolve = _CONVOLVE[len(geometry.axes)]
+
+        def replacement(x: Tensor) -> Tensor:
+            weight, bias = affine.weight.to(x), affine.bias.to(x)
+            result: Tensor = convolve(
+                F.pad(x, amounts), weight, bias, geometry.stride, dilation=geometry.dilation, groups=geometry.groups
+            )
+            return result
+
+        return replacement
 
     def refit(self, merge: Candidate, taken: Mapping[str, tuple[str, Replacement]]) -> Affine:
         """Weights for one merge inside the student made so far."""
@@ -257,6 +263,22 @@ class _Work:
         for name in pending:
             scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
         return scores
+
+    def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
+        """How far the output moves when all merges of a plan are made."""
+        segments = {(s.entry, s.end): s for s in self.findings.segments}
+        taken = {}
+        for merge in plan.merges:
+            affine = weights.get(merge.id) or self.composed(segments[merge.entry, merge.end], merge)
+            taken[merge.exit] = (merge.entry, self.replacement(merge, affine))
+        total, images = 0.0, 0
+        with torch.inference_mode():
+            for batch in self.batches:
+                reference = self.replay.values(batch)[self.replay.output]
+                changed = self.replay.values(batch, replaced=taken)[self.replay.output]
+                total += float(self.options.divergence(reference, changed).sum())
+                images += len(batch[0])
+        return _sane(total / images)
 
 
 def _key(candidate: Candidate) -> _Key:

@@ -32,8 +32,10 @@ class BatchNorm:
         mean, variance = module.running_mean.double(), module.running_var.double()
         scale = torch.rsqrt(variance + module.eps)
         shift = -mean * scale
-        if module.affine:
-            scale, shift = scale * module.weight.double(), shift * module.weight.double() + module.bias.double()
+        if module.weight is not None:
+            scale, shift = scale * module.weight.double(), shift * module.weight.double()
+        if module.bias is not None:
+            shift = shift + module.bias.double()
         return scaling(scale, shift, site.dims)
 
     def unpad(self, site: Site) -> None:

@@ -71,11 +71,12 @@ def stretch(graph: GraphModule, exit_node: Node, merge: Candidate) -> tuple[Node
 
 def _write(graph: GraphModule, merge: Candidate, student: bool) -> None:
     exit_node = _node(graph, merge.exit)
-    inside = stretch(graph, exit_node, merge)[1]
+    entry, inside = stretch(graph, exit_node, merge)
     gone = set(merge.activations) | set(merge.removed)
     if not student:
         for name in gone:
             _node(graph, name)
+        _check_fits(merge, entry, inside)
     for node in inside:
         if facts(node).role:
             raise PlanMismatchError(f"merges overlap at {node.name}: a plan covers every node once", node=node.name)
@@ -84,6 +85,23 @@ def _write(graph: GraphModule, merge: Candidate, student: bool) -> None:
         else:
             record(node, role="removed" if node.name in gone else "merged")
     record(exit_node, merge=merge)
+
+
+def _check_fits(merge: Candidate, entry: Node, inside: tuple[Node, ...]) -> None:
+    """A merge must lie between its entry and its exit, and give a tensor of the shape that is there."""
+    exit_node = inside[-1]
+    before, after = facts(entry).shape or (), facts(exit_node).shape or ()
+    strangers = (set(merge.activations) | set(merge.removed)) - {node.name for node in inside}
+    connected = any(entry in node.all_input_nodes for node in inside)
+    geometry = merge.geometry
+    shaped = (
+        len(before) == len(after) == len(geometry.axes) + 2
+        and (before[1], after[1]) == (geometry.in_channels, geometry.out_channels)
+        and geometry.outputs(before[2:]) == after[2:]
+    )
+    if strangers or not connected or not shaped:
+        what = f"{', '.join(sorted(strangers))} is not inside" if strangers else f"{before} to {after} is not {geometry}"
+        raise PlanMismatchError(f"the merge {merge.id} does not fit the graph: {what}", node=exit_node.name)
 
 
 def _node(graph: GraphModule, name: str) -> Node:

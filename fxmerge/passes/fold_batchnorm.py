@@ -36,6 +36,7 @@ class FoldBatchNorm(Pass):
             convolution = _convolution_before(folded, node, verdicts)
             if convolution is not None:
                 self._fold(folded, convolution, node)
+                verdicts[node] = self.operators.verdict(Site(folded, node))
         return tidy(folded)
 
     def _fold(self, graph: GraphModule, node: Node, norm: Node) -> None:

@@ -14,8 +14,8 @@ from fxmerge.algebra.affine import evaluate
 from fxmerge.algebra.module import convolution_with, separate_padding
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError
-from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, tidy
-from fxmerge.graph.meta import origin
+from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, tidy
+from fxmerge.graph.meta import origin, record
 from fxmerge.graph.query import module_of
 from fxmerge.operators import Operators, Verdict, default_operators, read_expression, read_maps
 from fxmerge.passes.annotate import merges, stretch
@@ -44,6 +44,7 @@ class FuseSegments(Pass):
             if merge.kind != "identity":
                 self._fuse(merged, exit_node, merge, verdicts)
         for exit_node, merge in found:
+            record(exit_node, merge=None, role="")  # done; nothing is left to fuse
             if merge.kind == "identity":
                 bypass(exit_node, exit_node.args[0])  # type: ignore[arg-type]
         return tidy(merged)
@@ -54,7 +55,7 @@ class FuseSegments(Pass):
             return  # one convolution already
         expression = read_expression(entry, nodes, verdicts)
         affine = evaluate(expression, read_maps(graph, nodes, verdicts, self.operators))
-        like = next(p for p in graph.parameters() if p.is_floating_point())
+        like = like_of(graph, entry, nodes)
         module = convolution_with(affine, like=like, bias=affine.geometry.bias)
         become_module(graph, exit_node, free_target(graph, f"merged.{exit_node.name}"), module, entry)
         amounts = separate_padding(affine.geometry)
@@ -75,5 +76,6 @@ def fuse(student: GraphModule) -> GraphModule:
     Raises:
         PassError: the graph is annotated but was not linearized.
     """
-    quiet = copied(student).eval() if not student.training else copy.deepcopy(student).eval()
+    training = any(module.training for module in student.modules())
+    quiet = copy.deepcopy(student).eval() if training else student
     return Sequential((FuseSegments(), FoldBatchNorm(), DropRepeated(), ReuseMemory())).apply(quiet)

@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.module import convolution, convolution_with, separate_padding
 from fxmerge.core.expression import Expression, Halo, asked_of_operand
 from fxmerge.core.segment import Candidate
-from fxmerge.errors import PassError
-from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, tidy
+from fxmerge.errors import PassError, PlanMismatchError
+from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, tidy
 from fxmerge.graph.meta import facts, origin, record, set_origin
 from fxmerge.graph.query import fingerprint
-from fxmerge.operators import Operators, Site, Verdict, default_operators, read_expression
+from fxmerge.operators import Join, Map, Operators, Site, Verdict, default_operators, read_expression
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass
 
@@ -79,6 +79,13 @@ def linearize(graph: GraphModule, *, weights: Mapping[str, Affine] | None = None
     return Linearize(weights or {}, norms).apply(graph)
 
 
+def added_norms(student: GraphModule) -> dict[str, nn.Module]:
+    """The batch norms that ``norms=True`` put behind fitted convolutions, by qualified name."""
+    exits = (str(node.target) for node, merge in merges(student) if merge.kind == "fitted" and node.op == "call_module")
+    modules = {target: student.get_submodule(target) for target in exits}
+    return {target: module for target, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+
+
 @dataclass(frozen=True)
 class _Merge:
     """One merge being made in the student's graph. Its exit keeps its name, whatever becomes of it."""
@@ -106,7 +113,7 @@ class _Merge:
         geometry = self.merge.geometry
         if weights is not None and weights.geometry != geometry:
             raise PassError(f"the weights for {self.merge.id} are of geometry {weights.geometry}, not {geometry}")
-        like = next(p for p in self.graph.parameters() if p.is_floating_point())
+        like = like_of(self.graph, self.entry, self.nodes)
         module = (
             convolution(geometry, dtype=like.dtype, device=like.device) if weights is None else convolution_with(weights, like=like)
         )
@@ -119,7 +126,7 @@ class _Merge:
         if norm:
             self._norm_behind(target, like)
 
-    def _norm_behind(self, target: str, like: nn.Parameter) -> None:
+    def _norm_behind(self, target: str, like: Tensor) -> None:
         """The exit becomes the norm, a new node before it the convolution."""
         kind = _NORMS[len(self.merge.geometry.axes)]
         norm = kind(self.merge.geometry.out_channels, device=like.device, dtype=like.dtype)
@@ -142,7 +149,13 @@ class _Merge:
             assert isinstance(operand, Node)
             self._exit_becomes_identity(operand)
             kept.append(self.exit)
-        expression = read_expression(self.entry, kept, self._verdicts(kept))
+        verdicts = self._verdicts(kept)
+        left = [node.name for node in kept if not isinstance(verdicts[node], (Map, Join))]
+        if left:
+            raise PlanMismatchError(f"the merge {self.merge.id} leaves {', '.join(left)} inside its segment", node=left[0])
+        expression = read_expression(self.entry, kept, verdicts)
+        if expression.geometry != self.merge.geometry:
+            raise PlanMismatchError(f"the merge {self.merge.id} composes to {expression.geometry} here", node=self.exit.name)
         self._pad_first(expression, [self.entry, *kept])
 
     def _verdicts(self, nodes: Sequence[Node]) -> dict[Node, Verdict]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.graph.edit import copied
@@ -29,20 +30,30 @@ class ReuseMemory(Pass):
 
     def call(self, graph: GraphModule) -> GraphModule:
         result = copied(graph)
+        fed = _fed(result)
         for node in result.graph.nodes:
             if node.op != "call_function":
                 continue
             if node.target in _ACTIVATIONS and _may_be_overwritten(node.args[0]):
                 node.kwargs = {**node.kwargs, "inplace": True}
             elif node.target is operator.add and len(node.args) == 2 and _same_shape(*node.args):
-                _add_in_place(node)
+                _add_in_place(node, fed)
         result.recompile()
         return result
 
 
-def _add_in_place(node: Node) -> None:
+def _fed(graph: GraphModule) -> set[Node]:
+    """The nodes that depend on an input, and so grow with its batch."""
+    fed: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or any(operand in fed for operand in node.all_input_nodes):
+            fed.add(node)
+    return fed
+
+
+def _add_in_place(node: Node, fed: set[Node]) -> None:
     first, second = node.args
-    if first is second:
+    if first is second or not {first, second} <= fed:
         return
     if _may_be_overwritten(first):
         node.target = operator.iadd
@@ -63,8 +74,9 @@ def _allocates(node: Node) -> bool:
     owner = node.graph.owning_module
     if owner is None:
         return False
-    kind = type(owner.get_submodule(str(node.target))).__name__
-    return kind.startswith(("Conv", "BatchNorm"))
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    module = owner.get_submodule(str(node.target))
+    return isinstance(module, kinds) and type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _same_shape(first: object, second: object) -> bool:

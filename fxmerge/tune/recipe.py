@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxmerge.errors import InputError
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from fxmerge.passes.linearize import added_norms
 
 
 def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) -> None:
@@ -27,7 +26,7 @@ def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) ->
         student: from ``linearize(..., norms=True)``; it is changed, its function in eval mode is not.
         batches: calibration inputs, each a tuple of the network's arguments.
     """
-    norms = {n: m for n, m in student.named_modules() if n.startswith("merged.") and isinstance(m, _NORMS)}
+    norms = added_norms(student)
     seen: dict[str, list[Tensor]] = {name: [] for name in norms}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

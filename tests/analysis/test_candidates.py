@@ -37,9 +37,6 @@ def weights(findings: Findings) -> dict[str, float]:
     return {name: float(m.weight.detach().abs().sum()) for name, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
 
 
-NORMS_STAY = pytest.mark.xfail(strict=True, reason="_in_series cuts between a convolution and its norm, so the norm stays")
-
-
 class TestOffers:
     def test_two_convolutions_compose_lose_one_or_are_fitted(self) -> None:
         assert ids(found("residual_plus"), "relu -> bn2") == [
@@ -66,7 +63,6 @@ class TestOffers:
         [composed] = [c for c in candidates(found("depthwise"), "input_1 -> _3") if c.kind == "composed" and not c.removed]
         assert (composed.geometry.groups, composed.geometry.weight_shape) == (3, (6, 1, 5, 5))
 
-    @NORMS_STAY
     def test_a_norm_goes_with_the_convolution_before_it(self) -> None:
         pruned = [c for c in candidates(found("residual_plus")) if c.removed]
         assert pruned
@@ -120,9 +116,9 @@ def choices(segment: Segment, norms: dict[str, float]) -> Iterator[tuple[Geometr
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("residual_plus", marks=NORMS_STAY),
-        pytest.param("pre_activation", marks=NORMS_STAY),
-        pytest.param("inverted_residual", marks=NORMS_STAY),
+        "residual_plus",
+        "pre_activation",
+        "inverted_residual",
         "concat_branches",
         "groups",
         "no_bias",

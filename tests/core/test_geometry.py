@@ -38,9 +38,7 @@ class TestAxis:
         assert Axis.convolution(kernel, stride, padding, dilation).padding == padding
 
     @given(AXES, AXES, st.integers(1, 60))
-    def test_outputs_of_a_chain_are_those_of_the_second_on_those_of_the_first(
-        self, first: Axis, second: Axis, size: int
-    ) -> None:
+    def test_outputs_of_a_chain_are_those_of_the_second_on_those_of_the_first(self, first: Axis, second: Axis, size: int) -> None:
         assert first.then(second).outputs(size) == second.outputs(first.outputs(size))
 
     @given(AXES, AXES, AXES)

@@ -133,7 +133,7 @@ def test_a_file_damaged_anywhere_is_a_plan_or_a_plan_error(data: st.DataObject) 
     try:
         Plan.from_json(parsed)
     except FxMergeError as fault:
-        assert isinstance(fault, PlanError)
+        assert isinstance(fault, PlanError)  # noqa: PT017
 
 
 def test_a_missing_file_stays_the_errors_that_callers_know(tmp_path: Path) -> None:

@@ -104,10 +104,7 @@ class TestContract:
         "name",
         [
             "residual_plus",
-            pytest.param(
-                "zero_pad_module",
-                marks=pytest.mark.xfail(strict=True, reason="a pad and its convolution are fused again, under a new name"),
-            ),
+            "zero_pad_module",
         ],
     )
     def test_fusing_a_second_time_changes_nothing(self, name: str) -> None:

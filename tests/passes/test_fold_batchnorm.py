@@ -59,7 +59,6 @@ def test_a_norm_without_parameters_folds() -> None:
     assert relative_error(model.eval()(images()), graph(images())) < 1e-14
 
 
-@pytest.mark.xfail(strict=True, reason="BatchNorm.affine asks a bias of every norm with a weight", raises=AttributeError)
 def test_a_norm_without_bias_folds() -> None:
     model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, bias=False)).double().eval()
     graph = FoldBatchNorm().apply(trace(model, images()))
@@ -118,7 +117,6 @@ def test_a_norm_in_train_mode_stays() -> None:
     assert norms(FoldBatchNorm().apply(graph)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the verdict on the first norm's node is not renewed when it becomes a convolution")
 def test_norms_in_a_row_all_fold() -> None:
     graph, error = folded(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
     assert error < 1e-14
