@@ -15,7 +15,7 @@ from fxmerge.algebra.module import convolution, separate_padding
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal
-from fxmerge.graph.query import module_of
+from fxmerge.graph.query import module_of, node_named
 from fxmerge.passes.annotate import annotate, merges, stretch
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import Linearize
@@ -100,9 +100,10 @@ def assert_law(graph: GraphModule, plan: Plan, inputs: Sequence[Tensor], *, norm
     """
     student = Linearize(norms=norms, own=False).apply(annotate(graph, plan))
     merged = fuse(student)
+    for _, merge in merges(student):
+        if merge.kind != "identity":
+            _assert_as_promised(merged, _exit(merged, merge), merge)
     _assert_equal(student, merged, inputs, lambda x: _blame(graph, plan, x, norms=norms))
-    for exit_node, merge in merges(merged):
-        _assert_as_promised(merged, exit_node, merge)
     if float32:
         pair = copy.deepcopy(student).float(), copy.deepcopy(merged).float()
         _assert_equal(*pair, [x.float() for x in inputs], lambda x: iter(merge.id for merge in plan.merges))
@@ -119,8 +120,16 @@ def _assert_equal(
             text = f"student and merged network differ by {error:.3g} of the largest output at {tuple(x.shape)}"
             assert error <= tolerance, "\n".join((text, *blame(x)))
             assert torch.equal(x, given), "the merged network has overwritten its input"
-        for exit_node, merge in merges(merged):
-            _assert_piece(student, merged, exit_node, merge, tolerance)
+        for exit_node, merge in merges(student):
+            if merge.kind != "identity":
+                _assert_piece(student, merged, exit_node, merge, tolerance)
+
+
+def _exit(merged: GraphModule, merge: Candidate) -> Node:
+    """The one convolution that a merge has become; it bears the name of the merge's exit."""
+    node = node_named(merged, merge.exit)
+    assert node is not None, f"{merge.id} is not to be found in the merged network"
+    return node
 
 
 def _blame(graph: GraphModule, plan: Plan, x: Tensor, *, norms: bool) -> Iterator[str]:
@@ -136,8 +145,7 @@ def _assert_as_promised(merged: GraphModule, exit_node: Node, merge: Candidate) 
     promised = convolution(merge.geometry, device="meta")
     built = module_of(merged, exit_node)
     assert isinstance(built, nn.modules.conv._ConvNd), f"{merge.id} became {built}"
-    padded = _pad_before(exit_node, merge)
-    assert (separate_padding(merge.geometry) or None) == (padded.args[1] if padded is not None else None), merge.id
+    assert bool(separate_padding(merge.geometry)) == (_pad_before(exit_node, merge) is not None), f"padding of {merge.id}"
     for fact in ("kernel_size", "stride", "padding", "groups", "in_channels", "out_channels"):
         assert getattr(built, fact) == getattr(promised, fact), f"{fact} of {merge.id}"
     taps = zip(built.kernel_size, built.dilation, promised.dilation, strict=True)
@@ -146,16 +154,19 @@ def _assert_as_promised(merged: GraphModule, exit_node: Node, merge: Candidate) 
 
 
 def _pad_before(exit_node: Node, merge: Candidate) -> Node | None:
+    """The pad that a merge has put before its convolution. (The model's own may stand there as well.)"""
     operand = exit_node.args[0]
     assert isinstance(operand, Node)
-    return operand if operand.target is F.pad and operand.name != merge.entry else None
+    amounts = separate_padding(merge.geometry)
+    return operand if amounts and operand.target is F.pad and operand.args[1] == amounts else None
 
 
 def _assert_piece(student: GraphModule, merged: GraphModule, exit_node: Node, merge: Candidate, tolerance: float) -> None:
     """The stretch in the student and the one convolution agree on an image larger than the kernel, and on one smaller."""
-    entry, nodes = stretch(student, next(node for node, found in merges(student) if found == merge), merge)
-    pad = _pad_before(exit_node, merge)
-    layers = [exit_node] if pad is None else [pad, exit_node]
+    entry, nodes = stretch(student, exit_node, merge)
+    made = _exit(merged, merge)
+    pad = _pad_before(made, merge)
+    layers = [made] if pad is None else [pad, made]
     operand = layers[0].args[0]
     assert isinstance(operand, Node)
     like = next(merged.parameters())

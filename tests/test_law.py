@@ -7,6 +7,7 @@ import json
 import random
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from fxmerge.passes import fuse_segments
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
+from tests import laws
 from tests.laws import TOLERANCE, assert_law, covering_plans, filled, random_plan, relative_error
 from tests.strategies import SMALLEST, Network, networks
 from tests.zoo import NETWORKS, ZOO, images, network, randomise_, specimen
@@ -189,19 +191,42 @@ class TestRandomNetworks:
         assert all(torch.equal(value, shared[key]) for key, value in found.graph.state_dict().items())
 
 
-def test_a_difference_in_one_tap_of_one_merge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The law itself can fail, and says which merge is at fault."""
-    found = TestZoo().case("residual_plus")
-    [candidate] = [c for c in found.candidates if c.id == "relu->bn2 composed 4->4 5x5"]
-    other = next(c for c in found.candidates if c.id.startswith("x->relu fitted"))
-    built = fuse_segments.convolution_with
+class TestTheLawCanFail:
+    """A corner tap of every merged kernel is disturbed by 1e-6."""
 
-    def wrong(affine: object, **options: object) -> nn.Module:
-        module = built(affine, **options)  # type: ignore[arg-type]
-        module.weight.data[0, 0, 0, 0] += 1e-6  # type: ignore[index, operator, union-attr]
-        return module
+    FIVE = "relu->bn2 composed 4->4 5x5"
 
-    monkeypatch.setattr(fuse_segments, "convolution_with", wrong)
-    plan = Plan(found.findings.fingerprint, (other, candidate))
-    with pytest.raises(AssertionError, match=r"differ by .*\n +\d\.\de-1\d  x->relu fitted.*\n +\d\.\de-0\d  .* 5x5$"):
-        assert_law(found.graph, plan, found.inputs)
+    @pytest.fixture()
+    def found(self, monkeypatch: pytest.MonkeyPatch) -> Case:
+        built = fuse_segments.convolution_with
+
+        def disturbed(*args: Any, **options: Any) -> nn.Module:
+            module: Any = built(*args, **options)
+            module.weight.data[0, 0, 0, 0] += 1e-6
+            return module
+
+        monkeypatch.setattr(fuse_segments, "convolution_with", disturbed)
+        return TestZoo().case("residual_plus")
+
+    def plan(self, found: Case) -> Plan:
+        chosen = {c.id: c for c in found.candidates}
+        return Plan(found.findings.fingerprint, (chosen["x->relu fitted 3->4 1x1"], chosen[self.FIVE]))
+
+    def test_it_says_by_how_much_and_which_merge_is_at_fault(self, found: Case) -> None:
+        with pytest.raises(AssertionError, match=r"differ by .*\n +\S+e-1\d  x->relu fitted.*\n +\S+e-0\d  .* 5x5"):
+            assert_law(found.graph, self.plan(found), found.inputs)
+
+    def test_a_tap_that_sees_only_padding_is_noticed_too(self, found: Case) -> None:
+        with pytest.raises(AssertionError, match=rf"{self.FIVE} is off by .* on its own, at \(2, 4, 7, 8\)"):
+            assert_law(found.graph, self.plan(found), [images(size=(2, 2))])
+
+    def test_in_float32_too(self, found: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(TOLERANCE, torch.float64, 1.0)
+        monkeypatch.setitem(TOLERANCE, torch.float32, 1e-8)
+        with pytest.raises(AssertionError, match=r"differ by .*\nx->relu"):
+            assert_law(found.graph, self.plan(found), found.inputs, float32=True)
+
+    def test_a_merge_that_is_not_there_is_noticed(self, found: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(laws, "fuse", lambda student: student)
+        with pytest.raises(AssertionError, match=f"^{self.FIVE} became BatchNorm2d"):
+            assert_law(found.graph, self.plan(found), found.inputs)

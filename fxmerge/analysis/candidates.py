@@ -10,7 +10,7 @@ the segment altogether.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -186,8 +186,7 @@ def _in_series(expression: Expression) -> list[Expression]:
     cuts = [0]
     for index in range(1, len(steps)):
         reach = max(reach, readers[index - 1])
-        goes_with_next = index + 1 < len(steps) and steps[index + 1].role == "norm"
-        if reach <= index and not goes_with_next:
+        if reach <= index and not _norm_follows(steps, index):
             cuts.append(index)
     geometries = expression.geometries()
     parts = []
@@ -197,6 +196,12 @@ def _in_series(expression: Expression) -> list[Expression]:
         inner = (replace(s, operands=tuple(i - start for i in s.operands)) for s in steps[start + 1 : stop + 1])
         parts.append(Expression((entry, *inner)))
     return parts
+
+
+def _norm_follows(steps: Sequence[Step], index: int) -> bool:
+    """Whether all that reads a step is a norm; a layer and its norm are one part."""
+    readers = [step for step in steps[index + 1 :] for operand in step.operands if operand == index]
+    return len(readers) == 1 and readers[0].role == "norm"
 
 
 def _part_choices(part: Expression, norms: Mapping[str, float]) -> _Choices:

@@ -38,6 +38,8 @@ class FuseSegments(Pass):
 
     def call(self, graph: GraphModule) -> GraphModule:
         merged = copied(graph)
+        if not any(True for _ in merges(graph)):
+            return merged
         verdicts = self.operators.verdicts(merged)
         found = list(merges(merged))
         for exit_node, merge in found:

@@ -111,7 +111,7 @@ def fine_tune(
         for images, labels in data():
             loss = distillation_loss(trained(images), labels, _logits(teacher, images), temperature)
             if not bool(torch.isfinite(loss)):
-                raise InputError(f"the loss is {float(loss)} after {done} steps; lower learning_rate (it is {learning_rate})")
+                raise InputError(f"the loss is {loss.item()} after {done} steps; lower learning_rate (it is {learning_rate})")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
