@@ -99,8 +99,9 @@ def compress(
         candidates = [candidate for proposal in proposals for candidate in proposal.candidates]
         front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
         search = Search(findings, front, baseline(graph), arguments, target, tolerance, timer)
+        weights: Mapping[str, Affine] = {}
         if exact:
-            (plan, measured), weights = search.best_exact(), {}
+            plan, measured = search.best_exact()
         else:
             tried = search.within(asked, latency_ms, corrections, bars("budget"))
             plan, measured, weights = search.best_near(tried, asked, latency_ms, scorer, batches, bars("fit"))

@@ -107,7 +107,9 @@ def test_no_operator_is_named_outside_the_room_of_operators() -> None:
 
 @pytest.mark.parametrize("module", ["fxmerge.solve.frontier", "fxmerge.core.plan", "fxmerge.analysis.cuts"])
 def test_a_room_can_be_imported_by_itself(module: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", f"import {module}"], cwd=ROOT.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"import {module}"], cwd=ROOT.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -196,7 +196,7 @@ class TestTheLawCanFail:
 
     FIVE = "relu->bn2 composed 4->4 5x5"
 
-    @pytest.fixture()
+    @pytest.fixture
     def found(self, monkeypatch: pytest.MonkeyPatch) -> Case:
         built = fuse_segments.convolution_with
 

@@ -10,6 +10,7 @@ the segment altogether.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -37,6 +38,8 @@ class Space:
         merge: offer to merge several layers; without it, layers are only pruned, one at a time.
         exact: offer only what keeps the function.
         max_kernel: largest kernel offered, in taps on an axis.
+        max_unknowns: fitted kernels are offered up to so many weights a filter (C_in/groups times taps); fitting takes memory by
+            the square, and time by the cube, of that.
     """
 
     composed: bool = True
@@ -46,6 +49,7 @@ class Space:
     merge: bool = True
     exact: bool = False
     max_kernel: int = 7
+    max_unknowns: int = 4800
 
     @classmethod
     def named(cls, name: Literal["joint", "composed", "activations", "layers", "exact"]) -> Space:
@@ -111,7 +115,8 @@ def _candidates(segment: Segment, space: Space, norms: Mapping[str, float]) -> I
                 yield offer("composed", geometry, removed=removed)
     if space.fitted:
         for geometry in _smaller(whole):
-            if _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):
+            small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
+            if small and _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):
                 yield offer("fitted", geometry)
 
 
