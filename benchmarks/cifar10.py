@@ -86,7 +86,7 @@ def _row(
     except fxmerge.BudgetError as refusal:
         fastest = search.measure(search.front.plan(0))
         return label, f"{speedup:.2f}", "", f"cannot; fastest {fastest[0].median_ns / refusal.fastest_ns:.2f}", "", "", ""
-    with _timed(costs, "fit (up to 9 plans a row)"):
+    with _timed(costs, "fit (several plans a row)"):
         batches = fxmerge.as_batches(calibration, search.findings.graph)
         plan, measured, weights = search.best_near(
             found, 1 / speedup, None, fxmerge.Reconstruction(), batches, lambda done, total: None

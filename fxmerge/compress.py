@@ -252,7 +252,7 @@ class Search:
         scorer: Reconstruction,
         batches: Sequence[Batch],
         progress: Any,
-        trials: int = 8,
+        trials: int = 5,
     ) -> tuple[Plan, tuple[Measurement, Measurement], dict[str, Affine]]:
         """Of the plans that should take as long as the one found, the one whose whole merged network is nearest to the original.
 
