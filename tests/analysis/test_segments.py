@@ -90,8 +90,8 @@ class TestWhatIsFound:
 
     def test_several_activations_at_the_end_are_all_kept(self) -> None:
         found = findings(nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.ReLU(), nn.Tanh()))
-        [last] = [segment for segment in found.segments if str(segment) == "_1 -> _3"]
-        assert (last.exit, last.activations) == ("_2", ())
+        [last] = [segment for segment in found.segments if str(segment) == "_1 -> _4"]
+        assert (last.exit, last.end, last.activations) == ("_2", "_4", ())
 
     @pytest.mark.parametrize(("most", "expected"), [(1, 5), (2, 9), (3, 12), (8, 15)])
     def test_a_segment_spans_at_most_so_many_units(self, most: int, expected: int) -> None:
@@ -197,6 +197,11 @@ class TestWhatIsRefused:
     def test_a_refused_module_bears_its_qualified_name(self) -> None:
         model = nn.Sequential(conv(3, 4), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
         assert only(findings(model), "_1_1").target == "1.1"
+
+    def test_a_stretch_that_is_given_up_says_where_too(self) -> None:
+        refusal = only(findings(_two_paths(conv(3, 4, stride=2), conv(3, 4, 7, padding=0))), "add")
+        assert refusal.target == "add"
+        assert refusal.source.startswith(__file__)
 
     def test_a_hook_comes_with_advice(self) -> None:
         assert "remove the hooks" in only(findings(_hooked()), "_0").advice

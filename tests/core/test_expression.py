@@ -125,6 +125,10 @@ class TestWithout:
         chain = program(apply("a", 0), apply("b", 1), norm("n", 2))
         assert chain.without({"b", "n"}) == program(apply("a", 0))
 
+    def test_what_is_not_read_any_more_goes_with_the_last(self) -> None:
+        fork = program(apply("a", 0), apply("b", 0), apply("c", 1))
+        assert fork.without({"c"}) == program(apply("a", 0))
+
     def test_a_branch_may_become_the_identity(self) -> None:
         block = program(apply("a", 0), Step("add", "sum", (1, 0)))
         assert block.without({"a"}) == program(Step("add", "sum", (0, 0)))

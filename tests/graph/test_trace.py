@@ -104,6 +104,11 @@ class TestWhatIsLeftAlone:
         trace(Net(lambda s, x: s.a(x.mul_(2)), a=conv(3, 4)).double(), x)
         assert torch.equal(x, images())
 
+    def test_the_example_is_not_overwritten_by_a_module_on_it(self) -> None:
+        x = images()
+        trace(nn.Sequential(nn.SELU(inplace=True), conv(3, 4)).double(), x)
+        assert torch.equal(x, images())
+
     def test_the_generator_of_random_numbers_is_where_it_was(self) -> None:
         model = specimen("dropout")
         state = torch.random.get_rng_state()

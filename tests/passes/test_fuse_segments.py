@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
@@ -18,7 +21,7 @@ from fxmerge.graph.trace import trace
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import FuseSegments, fuse
 from fxmerge.passes.linearize import linearize
-from tests.laws import relative_error
+from tests.laws import assert_law, relative_error
 from tests.passes.test_linearize import Bench, text
 from tests.zoo import Net, conv, images
 
@@ -142,29 +145,36 @@ class TestTheStudentStays:
         assert student.get_submodule("5").training
 
 
-def _scaled_in_place() -> nn.Module:
-    """Opaque, in place, between two layers of a branch that start before it."""
-
-    def forward(s: object, x: torch.Tensor) -> torch.Tensor:
-        a = s.a(x)  # type: ignore[attr-defined]
-        h = s.b(a)  # type: ignore[attr-defined]
-        scaled = a.mul_(3)
-        return s.c(h) + scaled  # type: ignore[attr-defined]
-
-    return Net(forward, a=conv(3, 4), b=conv(4, 4), c=conv(4, 4)).double()
+STAYS = pytest.mark.xfail(strict=True, reason="stays in place, and the merged convolution stands behind it")
 
 
-def test_an_opaque_operation_in_place_does_not_change_what_a_merged_convolution_reads() -> None:
-    graph = trace(_scaled_in_place(), images())
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda s, y: y.mul_(3),
+        pytest.param(lambda s, y: s.act(y), marks=STAYS),
+        pytest.param(lambda s, y: F.celu_(y), marks=STAYS),
+        pytest.param(lambda s, y: torch.neg_(y), marks=STAYS),
+    ],
+    ids=["method", "module", "torch.nn.functional", "torch"],
+)
+def test_an_opaque_operation_in_place_does_not_change_what_a_merged_convolution_reads(write: Callable[[Any, Any], Any]) -> None:
+    def forward(s: Any, x: Any) -> Any:
+        a = s.a(x)
+        h = s.b(a)
+        written = write(s, a)  # between two layers of a branch that starts before it
+        return s.c(h) + written
+
+    model = Net(forward, a=conv(3, 4), b=conv(4, 4), c=conv(4, 4), act=nn.SELU(inplace=True)).double()
+    graph = trace(model, images())
     findings = find_segments(graph)
     for candidate in (c for p in propose(findings) for c in p.candidates):
-        student = linearize(annotate(graph, Plan(findings.fingerprint, (candidate,))))
-        assert relative_error(student(images()), fuse(student)(images())) < 1e-9
+        assert_law(graph, Plan(findings.fingerprint, (candidate,)), [images()])
 
 
 def test_an_opaque_operation_in_place_is_no_dead_code() -> None:
-    def forward(s: object, x: torch.Tensor) -> torch.Tensor:
-        y = s.a(x)  # type: ignore[attr-defined]
+    def forward(s: Any, x: Any) -> Any:
+        y = s.a(x)
         y.mul_(3)
         return y.abs()
 
