@@ -12,7 +12,7 @@ divisor of their group counts, which is as fine a partition as both respect. Eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,6 +74,10 @@ class Affine:
         geometry = self.geometry.plus(other.geometry)
         weight = self._spread(geometry, geometry.groups) + other._spread(geometry, geometry.groups)
         return Affine(geometry, weight, self.bias + other.bias)
+
+    def minus(self, other: Affine) -> Affine:
+        """The difference of two maps."""
+        return self.plus(replace(other, weight=-other.weight, bias=-other.bias))
 
     def concat(self, other: Affine) -> Affine:
         """The outputs of two maps of the same input, one after the other on channels."""
@@ -164,8 +168,35 @@ def evaluate(expression: Expression, maps: Mapping[str, Affine]) -> Affine:
         apply=lambda step, before: before.then(maps[step.name]),
         add=Affine.plus,
         concat=Affine.concat,
+        subtract=Affine.minus,
     )
     return values[-1]
+
+
+def vanishing(expression: Expression, maps: Mapping[str, Affine]) -> tuple[bool, ...]:
+    """For every step, whether its tensor is zero outside the image if the entry is, by the numbers.
+
+    It is where it was computed by maps of one tap whose biases cancel. (A norm, and then its value for zero subtracted.)
+    """
+
+    def apply(step: Step, before: Affine | None) -> Affine | None:
+        return before.then(maps[step.name]) if before is not None and maps[step.name].geometry.pointwise else None
+
+    def joined(how: Callable[[Affine, Affine], Affine]) -> Callable[[Affine | None, Affine | None], Affine | None]:
+        return lambda a, b: None if a is None or b is None else how(a, b)
+
+    values: tuple[Affine | None, ...] = expression.fold(
+        entry=lambda step: Affine.identity(step.geometry.in_channels, len(step.geometry.axes)) if step.geometry else None,
+        apply=apply,
+        add=joined(Affine.plus),
+        concat=joined(Affine.concat),
+        subtract=joined(Affine.minus),
+    )
+    return tuple(value is not None and _is_zero(value) for value in values)
+
+
+def _is_zero(value: Affine) -> bool:
+    return bool((value.bias.abs() <= 1e-12 * (1 + value.weight.abs().amax())).all())
 
 
 def scaling(scale: Tensor, shift: Tensor, dims: int) -> Affine:

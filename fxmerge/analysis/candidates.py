@@ -15,12 +15,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from fxmerge.algebra.affine import vanishing
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Proposal, Segment
 from fxmerge.graph.query import node_named
-from fxmerge.operators import Site
+from fxmerge.operators import Site, read_maps
 
 #: geometry -> (sum of the L1 norms kept, names removed)
 _Choices: TypeAlias = dict[Geometry, tuple[float, frozenset[str]]]
@@ -80,8 +81,9 @@ def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, .
     space = space or Space()
     norms = _l1_norms(findings)
     proposals = []
+    prunings = _Prunings(norms)
     for segment in findings.segments:
-        unique = {candidate.id: candidate for candidate in _candidates(segment, space, norms)}
+        unique = {candidate.id: candidate for candidate in _candidates(segment, space, prunings, _is_exact(findings, segment))}
         if unique:
             proposals.append(Proposal(segment, tuple(unique.values())))
     return tuple(proposals)
@@ -98,11 +100,10 @@ def _l1_norms(findings: Findings) -> dict[str, float]:
     return norms
 
 
-def _candidates(segment: Segment, space: Space, norms: Mapping[str, float]) -> Iterator[Candidate]:
+def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool) -> Iterator[Candidate]:
     whole = segment.expression.geometry
     several = len(segment.convolutions) > 1 or bool(segment.activations) or _joins(segment.expression)
     offer = _Offer(segment)
-    exact = not segment.activations and segment.expression.keeps_borders()
     if space.identity and whole.preserves_shape and (space.merge or len(segment.convolutions) == 1):
         yield offer("identity", Geometry.identity(whole.in_channels, len(whole.axes)))
     if not space.merge:
@@ -110,7 +111,7 @@ def _candidates(segment: Segment, space: Space, norms: Mapping[str, float]) -> I
     if space.composed and several and _allowed(whole, space) and (exact or not space.exact):
         yield offer("composed", whole, exact=exact)
     if space.prune and several:
-        for geometry, (_, removed) in _prunings(segment, norms).items():
+        for geometry, (_, removed) in prunings(segment).items():
             if removed and _allowed(geometry, space):
                 yield offer("composed", geometry, removed=removed)
     if space.fitted:
@@ -118,6 +119,17 @@ def _candidates(segment: Segment, space: Space, norms: Mapping[str, float]) -> I
             small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
             if small and _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):
                 yield offer("fitted", geometry)
+
+
+def _is_exact(findings: Findings, segment: Segment) -> bool:
+    """Whether multiplying a segment out keeps the function, borders included: told by sizes where they tell, else by numbers."""
+    expression = segment.expression
+    if segment.activations:
+        return False
+    if expression.keeps_borders():
+        return True
+    nodes = [node for name in segment.nodes if (node := node_named(findings.graph, name)) is not None]
+    return expression.keeps_borders(vanishing(expression, read_maps(findings.graph, nodes, findings.verdicts, findings.operators)))
 
 
 @dataclass(frozen=True)
@@ -157,22 +169,43 @@ def _smaller(whole: Geometry) -> Iterator[Geometry]:
         taps = fewer
 
 
-def _prunings(segment: Segment, norms: Mapping[str, float]) -> _Choices:
-    """For every geometry that pruning can reach, the subset of convolutions that keeps most."""
-    parts = _in_series(segment.expression)
-    reached: _Choices = {}
-    for number, part in enumerate(parts):
-        choices = _part_choices(part, norms)
-        if number == 0:
-            reached = choices
-            continue
-        joined: _Choices = {}
-        for before, (kept, removed) in reached.items():
-            for geometry, (more, also) in choices.items():
-                _keep_best(joined, before.then(geometry), kept + more, removed | also)
-        reached = joined
-    everything = frozenset(segment.convolutions)
-    return {geometry: choice for geometry, choice in reached.items() if not everything <= choice[1]}
+class _Prunings:
+    """For every geometry that pruning can reach in a segment, the subset of convolutions that keeps most.
+
+    Segments that start at one tensor share their first parts, and what was found for those is kept.
+    """
+
+    def __init__(self, norms: Mapping[str, float]) -> None:
+        self.norms = norms
+        self._of_part: dict[tuple[str, ...], _Choices] = {}
+        self._of_row: dict[tuple[str, ...], _Choices] = {}
+
+    def __call__(self, segment: Segment) -> _Choices:
+        everything = frozenset(segment.convolutions)
+        reached = self._row(_in_series(segment.expression))
+        return {geometry: choice for geometry, choice in reached.items() if not everything <= choice[1]}
+
+    def _row(self, parts: Sequence[Expression]) -> _Choices:
+        """For parts in series."""
+        key = (parts[0].steps[0].name, *(part.steps[-1].name for part in parts))
+        if key not in self._of_row:
+            last = self._part(parts[-1])
+            self._of_row[key] = _in_turn(self._row(parts[:-1]), last) if len(parts) > 1 else last
+        return self._of_row[key]
+
+    def _part(self, part: Expression) -> _Choices:
+        key = tuple(step.name for step in part.steps)
+        if key not in self._of_part:
+            self._of_part[key] = _part_choices(part, self.norms)
+        return self._of_part[key]
+
+
+def _in_turn(first: _Choices, second: _Choices) -> _Choices:
+    joined: _Choices = {}
+    for before, (kept, removed) in first.items():
+        for geometry, (more, also) in second.items():
+            _keep_best(joined, before.then(geometry), kept + more, removed | also)
+    return joined
 
 
 def _keep_best(choices: _Choices, geometry: Geometry, norm: float, removed: frozenset[str]) -> None:

@@ -12,7 +12,7 @@ from fxmerge.core.expression import Expression
 from fxmerge.core.region import Chain, Unit
 from fxmerge.core.segment import Reason, Refusal, Segment
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import fingerprint
+from fxmerge.graph.query import fingerprint, is_data
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Verdict, default_operators, read_expression
 
@@ -174,7 +174,7 @@ def _leftovers(verdicts: Mapping[Node, Verdict], covered: set[str]) -> Iterator[
     """Opaque layers, and convolutions and activations that no segment holds."""
     for node, verdict in verdicts.items():
         known = facts(node)
-        if node.name in covered or known.shape is None or not node.op.startswith("call_"):
+        if node.name in covered or not is_data(node) or not node.op.startswith("call_"):
             continue
         if isinstance(verdict, Opaque):
             yield Refusal(node.name, verdict.reason, verdict.detail, verdict.advice, known.target, known.source)

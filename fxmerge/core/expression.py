@@ -7,7 +7,7 @@ its geometry here, its kernel in :mod:`fxmerge.algebra.affine`, its text in :met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, TypeAlias, TypeVar
@@ -26,14 +26,14 @@ class Step:
 
     Args:
         name: the graph node that computes it.
-        kind: ``entry`` (no operand), ``apply`` (one map on one operand), ``sum`` or ``concat`` (several operands).
+        kind: ``entry`` (no operand), ``apply`` (one map on one operand), ``sum``, ``difference`` or ``concat`` (several operands).
         operands: indices of earlier steps.
-        geometry: the map that is applied, or for the entry the identity on its channels; None for sum and concat.
+        geometry: the map that is applied, or for the entry the identity on its channels; None for the others.
         role: what is applied: a ``convolution`` may be pruned, a ``norm`` goes with the convolution before it.
     """
 
     name: str
-    kind: Literal["entry", "apply", "sum", "concat"]
+    kind: Literal["entry", "apply", "sum", "difference", "concat"]
     operands: tuple[int, ...] = ()
     geometry: Geometry | None = None
     role: Literal["convolution", "norm", "other"] = "other"
@@ -52,8 +52,13 @@ class Expression:
         apply: Callable[[Step, T], T],
         add: Callable[[T, T], T],
         concat: Callable[[T, T], T],
+        subtract: Callable[[T, T], T] | None = None,
     ) -> tuple[T, ...]:
-        """The value of every step, given what each kind of step does with the values of its operands."""
+        """The value of every step, given what each kind of step does with the values of its operands.
+
+        Without ``subtract``, a difference is taken for a sum.
+        """
+        joins = {"sum": add, "difference": subtract or add, "concat": concat}
         values: list[T] = []
         for step in self.steps:
             operands = [values[i] for i in step.operands]
@@ -62,7 +67,7 @@ class Expression:
             elif step.kind == "apply":
                 values.append(apply(step, operands[0]))
             else:
-                values.append(reduce(add if step.kind == "sum" else concat, operands))
+                values.append(reduce(joins[step.kind], operands))
         return tuple(values)
 
     def geometries(self) -> tuple[Geometry, ...]:
@@ -101,20 +106,27 @@ class Expression:
                 owed[i] = tuple((max(a, c), max(b, d)) for (a, b), (c, d) in zip(owed[i], asked, strict=True))
         return tuple(owed)
 
-    def keeps_borders(self) -> bool:
+    def keeps_borders(self, vanishing: Sequence[bool] | None = None) -> bool:
         """Whether moving all padding to the entry leaves the function as it is, borders included.
 
         It does where every tensor that is padded inside is zero outside the image anyway: it was computed from the entry by
         maps of one tap without bias or padding. (RepVGG's parallel branches, anything after a 1x1 without bias.)
+
+        Args:
+            vanishing: for every step, whether its tensor is zero outside the image; None for what sizes alone tell.
         """
-        halos = self.halos()
-        vanishing: tuple[bool, ...] = self.fold(
+        zero_outside = vanishing or self._vanishing()
+        padded = {i for step in self.steps if step.geometry is not None and _pads(step.geometry) for i in step.operands}
+        return all(zero_outside[i] for i in padded)
+
+    def _vanishing(self) -> tuple[bool, ...]:
+        found: tuple[bool, ...] = self.fold(
             entry=lambda step: True,
             apply=lambda step, before: before and _own_geometry(step).pointwise and not _own_geometry(step).bias,
             add=lambda a, b: a and b,
             concat=lambda a, b: a and b,
         )
-        return all(zero_outside or all(h == (0, 0) for h in halo) for zero_outside, halo in zip(vanishing, halos, strict=True))
+        return found
 
     def without(self, names: Collection[str]) -> Expression:
         """This expression with the named maps replaced by identities."""
@@ -136,6 +148,7 @@ class Expression:
             apply=lambda step, before: step.name if before == "x" else f"{before} > {step.name}",
             add=lambda a, b: f"({a} + {b})",
             concat=lambda a, b: f"[{a} | {b}]",
+            subtract=lambda a, b: f"({a} - {b})",
         )[-1]
 
 
@@ -150,6 +163,10 @@ def asked_of_operand(step: Step, halo: Halo) -> Halo:
         (axis.stride * before + axis.padding[0], axis.stride * after + axis.padding[1])
         for axis, (before, after) in zip(_own_geometry(step).axes, halo, strict=True)
     )
+
+
+def _pads(geometry: Geometry) -> bool:
+    return any(amount > 0 for pair in geometry.padding for amount in pair)
 
 
 def _own_geometry(step: Step) -> Geometry:

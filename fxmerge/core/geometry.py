@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fxmerge.errors import PlanError
@@ -66,6 +67,7 @@ class Axis:
         """Number of outputs for an input of this many pixels."""
         return (size + self.excess) // self.stride + 1
 
+    @lru_cache(maxsize=65536)  # noqa: B019 - frozen values; a network has few different axes and asks for them again and again
     def then(self, second: Axis) -> Axis:
         """This map followed by another.
 
@@ -83,6 +85,7 @@ class Axis:
             excess=self.excess + self.stride * (1 + second.excess),
         )
 
+    @lru_cache(maxsize=65536)  # noqa: B019 - as above
     def plus(self, other: Axis) -> Axis:
         """The pixelwise sum of two maps of one stride; their kernels are aligned at the output pixel."""
         steps = [a.dilation for a in (self, other) if a.taps > 1]
@@ -190,11 +193,12 @@ class Geometry:
             ValueError: channels or strides differ.
         """
         self._check_alike(other, channels=True)
-        return replace(
-            self,
-            axes=tuple(a.plus(b) for a, b in zip(self.axes, other.axes, strict=True)),
-            groups=math.gcd(self.groups, other.groups),
-            bias=self.bias or other.bias,
+        return Geometry(
+            self.in_channels,
+            self.out_channels,
+            tuple(a.plus(b) for a, b in zip(self.axes, other.axes, strict=True)),
+            math.gcd(self.groups, other.groups),
+            self.bias or other.bias,
         )
 
     def concat(self, other: Geometry) -> Geometry:

@@ -28,6 +28,7 @@ class Reason(str, Enum):
     SOLE = "nothing to merge with"
     TOO_LARGE = "kernel larger than allowed"
     COMPUTED_WEIGHT = "weight computed from other tensors"
+    UPSAMPLING = "the image becomes larger"
     HOOKED = "module with forward hooks"
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument, map_arg
 
 from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import is_impure
@@ -65,9 +66,11 @@ def insert_pad(operand: Node, reader: Node, amounts: tuple[int, ...]) -> Node:
     return padded
 
 
-def bypass(node: Node, operand: Node) -> None:
-    """Take a node out: its readers read the operand instead."""
-    node.replace_all_uses_with(operand)
+def bypass(node: Node, operand: Argument) -> None:
+    """Take a node out: its readers read the operand instead, be it a node or a structure of nodes."""
+    for reader in list(node.users):
+        reader.args = map_arg(reader.args, lambda n: operand if n is node else n)
+        reader.kwargs = map_arg(reader.kwargs, lambda n: operand if n is node else n)
     node.graph.erase_node(node)
 
 

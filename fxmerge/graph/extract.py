@@ -21,20 +21,36 @@ def extract(graph: GraphModule, nodes: Sequence[Node]) -> tuple[GraphModule, tup
         The module; its inputs are the tensors that the nodes read from elsewhere, its outputs those that are read elsewhere.
         And the shapes of its inputs.
     """
-    inside = set(nodes)
+    wanted = _with_constants(nodes)
+    inside = set(wanted)
     part = Graph()
     twins: dict[Node, Node] = {}
     shapes = []
-    for node in nodes:
+    for node in wanted:
         for operand in node.all_input_nodes:
-            if operand not in inside and operand not in twins and is_tensor(operand):
+            if operand not in inside and operand not in twins:
                 twins[operand] = part.placeholder(f"x{len(twins)}")
                 shapes.append(shape_after(operand))
-    for node in nodes:
+    for node in wanted:
         twins[node] = part.node_copy(node, twins.__getitem__)
     read = tuple(twins[node] for node in nodes if any(user not in inside for user in node.users))
     part.output(read[0] if len(read) == 1 else read)
     return GraphModule(graph, part), tuple(shapes)
+
+
+def _with_constants(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes, and before each of them the parameters and sizes that it reads and what those are computed from."""
+    wanted: dict[Node, None] = {}
+    waiting = list(reversed(nodes))
+    inside = set(nodes)
+    while waiting:
+        node = waiting[-1]
+        missing = [o for o in node.all_input_nodes if o not in wanted and o not in inside and not is_tensor(o)]
+        if missing:
+            waiting.extend(missing)
+        else:
+            wanted[waiting.pop()] = None
+    return list(wanted)
 
 
 def signature(part: GraphModule, shapes: Sequence[tuple[int, ...]]) -> str:
@@ -53,7 +69,7 @@ def signature(part: GraphModule, shapes: Sequence[tuple[int, ...]]) -> str:
     lines = []
     for node in part.graph.nodes:
         module = module_of(part, node)
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "output", "get_attr"):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
         what = describe_module(module) if module is not None else name

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from fxmerge.core.segment import Candidate
 
 KEY = "fxmerge"
+_FRONT_END = "fxmerge_front_end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,10 @@ class Facts:
     Args:
         shape: of its output for the example inputs; None where it is not a tensor.
         dtype: of its output.
+        bundle: whether its output is a tuple, list or other structure that holds tensors.
         target: the qualified module name, or the function, as the user's model has it.
         source: ``file:line`` of the user's code, where known.
+        constant: whether it is computed from parameters alone.
         role: what the plan does with the node: ``removed`` (becomes an identity), ``merged`` (kept in the student, part of the
             one convolution), ``replaced`` (gone from the student), ``exit`` (the last of a segment).
         merge: on an exit, the candidate that ends here.
@@ -33,8 +36,10 @@ class Facts:
 
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    bundle: bool = False
     target: str = ""
     source: str = ""
+    constant: bool = False
     role: Literal["", "removed", "merged", "replaced", "exit"] = ""
     merge: Candidate | None = None
 
@@ -54,6 +59,15 @@ def origin(graph: GraphModule) -> str | None:
     """The fingerprint of the graph that this one was made from by linearizing, if it was."""
     value = graph.meta.get(KEY)
     return value if isinstance(value, str) else None
+
+
+def front_end(graph: GraphModule) -> str:
+    """How the graph was captured: ``symbolic_trace``, ``export`` or ``given``; empty where fxmerge did not trace it."""
+    return str(graph.meta.get(_FRONT_END, ""))
+
+
+def set_front_end(graph: GraphModule, name: str) -> None:
+    graph.meta[_FRONT_END] = name
 
 
 def set_origin(graph: GraphModule, fingerprint: str) -> None:

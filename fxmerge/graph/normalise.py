@@ -1,12 +1,15 @@
-"""Rewrite a traced graph, in place, into the one dialect that the rest of fxmerge reads.
+"""Rewrite a traced graph, in place, into the one dialect that the rest of fxmerge reads, however it was captured.
 
-1. Activations are functions of ``torch.nn.functional``, whichever of their three spellings the model used.
-2. Residual adds are ``operator.add``, in every spelling.
-3. In-place operations are out of place, and whoever read the overwritten tensor afterwards reads the result: symbolic tracing
+1. Every operation is spelt one way (:mod:`fxmerge.graph.spelling`): activations are functions of ``torch.nn.functional``, residual
+   adds ``operator.add``, average pooling, padding and concats the functions of torch.
+2. In-place operations are out of place, and whoever read the overwritten tensor afterwards reads the result: symbolic tracing
    records such a reader under the old name, which is right only while the operation stays in place.
-4. Convolutions, norms and linear layers called as functions on a module's parameters are calls of a module under the name of
-   those parameters, so that state dicts keep their keys.
-5. Asserts on shapes, and what only they read, are gone.
+3. Convolutions, norms, linear layers and dropout called as functions on a module's parameters are calls of a module under the name
+   of those parameters, so that state dicts keep their keys (:mod:`fxmerge.graph.modules`).
+4. Splits, chunks and slices are slices, channel shuffles are one node (:mod:`fxmerge.graph.slices`).
+5. A pad with other constants than zero is shift, zero pad, shift back (:mod:`fxmerge.graph.borders`).
+6. Identities, asserts on shapes, and what nobody reads, are gone.
+7. Nodes bear names that do not depend on how the graph was captured (:mod:`fxmerge.graph.names`).
 """
 
 from __future__ import annotations
@@ -20,169 +23,135 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxmerge.graph.edit import become_module, free_target
+from fxmerge.graph.activations import ACTIVATIONS, call_of_module, respell
+from fxmerge.graph.borders import shift_pads
+from fxmerge.graph.constants import is_constant, mark_constants
+from fxmerge.graph.edit import bypass
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import is_impure, module_of
+from fxmerge.graph.modules import Layers
+from fxmerge.graph.names import rename
+from fxmerge.graph.query import has_hooks, is_impure, module_of
+from fxmerge.graph.slices import become_shuffle, become_slice
+from fxmerge.graph.spelling import Call, functional_twin, read_call, writes
 
-#: nn.Module type -> (function, attributes that become keyword arguments). Types are matched exactly: a subclass may do more.
-ACTIVATION_MODULES: Mapping[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
-    nn.ReLU: (F.relu, ()),
-    nn.ReLU6: (F.relu6, ()),
-    nn.SiLU: (F.silu, ()),
-    nn.Hardswish: (F.hardswish, ()),
-    nn.GELU: (F.gelu, ("approximate",)),
-    nn.LeakyReLU: (F.leaky_relu, ("negative_slope",)),
-    nn.ELU: (F.elu, ("alpha",)),
-    nn.Mish: (F.mish, ()),
-    nn.Softplus: (F.softplus, ("beta", "threshold")),
-    nn.Hardtanh: (F.hardtanh, ("min_val", "max_val")),
-    nn.Tanh: (torch.tanh, ()),
-    nn.Sigmoid: (torch.sigmoid, ()),
-    nn.Hardsigmoid: (F.hardsigmoid, ()),
-}
-
-#: method name or function -> the function that stands for it.
-SPELLINGS: Mapping[object, Callable[..., Any]] = {
-    "relu": F.relu,
-    "relu_": F.relu,
-    "tanh": torch.tanh,
-    "tanh_": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "sigmoid_": torch.sigmoid,
+_BINARY: Mapping[str, Callable[..., Any]] = {
     "add": operator.add,
-    "add_": operator.add,
-    "__add__": operator.add,
-    "__iadd__": operator.add,
-    "__radd__": operator.add,
-    torch.add: operator.add,
-    operator.iadd: operator.add,
-    torch.relu: F.relu,
-    torch.relu_: F.relu,
-    F.relu_: F.relu,
-    F.leaky_relu_: F.leaky_relu,
-    F.elu_: F.elu,
-    F.hardtanh_: F.hardtanh,
-    F.sigmoid: torch.sigmoid,
-    F.tanh: torch.tanh,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
 }
 
-_OPERATORS: Mapping[object, Callable[..., Any]] = {
-    operator.imul: operator.mul,
-    operator.isub: operator.sub,
-    operator.itruediv: operator.truediv,
+#: Functions that keep their arguments as keywords.
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "avg_pool1d": F.avg_pool1d,
+    "avg_pool2d": F.avg_pool2d,
+    "avg_pool3d": F.avg_pool3d,
+    "pixel_unshuffle": F.pixel_unshuffle,
+    "pixel_shuffle": F.pixel_shuffle,
+    "channel_shuffle": F.channel_shuffle,
 }
 
-#: Targets that overwrite their first operand, beside methods that end in ``_`` and what is called with ``inplace=True``.
-IN_PLACE: frozenset[object] = frozenset(_OPERATORS) | frozenset(
-    {
-        "relu_",
-        "tanh_",
-        "sigmoid_",
-        "add_",
-        "__iadd__",
-        operator.iadd,
-        torch.relu_,
-        F.relu_,
-        F.leaky_relu_,
-        F.elu_,
-        F.hardtanh_,
-    }
-)
+_POOLS: Mapping[type[nn.Module], str] = {nn.AvgPool1d: "avg_pool1d", nn.AvgPool2d: "avg_pool2d", nn.AvgPool3d: "avg_pool3d"}
+
+_ASSERTS = ("assert", "sym_constrain_range", "check", "log_api_usage_once")
 
 
 def normalise(graph: GraphModule) -> None:
-    """Bring a freshly traced graph into the dialect (see the module's text), in place."""
+    """Bring a freshly captured graph, shapes recorded, into the dialect (see the module's text), in place."""
     for node in list(graph.graph.nodes):
         _drop_assert(node)
-    for node in list(graph.graph.nodes):
-        overwrites = _overwrites(graph, node)
-        _activation_from_module(graph, node)
-        _respell(node)
-        if overwrites:
-            _rename_later_reads(node)
-        _module_from_function(graph, node)
     graph.graph.eliminate_dead_code(is_impure)
+    for node in list(graph.graph.nodes):
+        _one_output(node)
+    mark_constants(graph)
+    shift_pads(graph)
+    layers = Layers(graph)
+    for node in list(graph.graph.nodes):
+        _normalise_node(graph, node, layers)
+    layers.place()
+    rename(graph)
+    mark_constants(graph)
     graph.graph.lint()
     graph.recompile()
 
 
-def reads_shapes(graph: GraphModule) -> bool:
-    """Whether :func:`normalise` wants shapes recorded before: which kind of norm a function is depends on its operand's rank."""
-    return any(node.target is F.batch_norm for node in graph.graph.nodes)
+def _normalise_node(graph: GraphModule, node: Node, layers: Layers) -> None:
+    if _bypass_identity(graph, node):
+        return
+    _module_to_function(graph, node)
+    call = call_of_module(graph, node) or read_call(node)
+    if (call is not None and call.writes) or writes(node):
+        _write_elsewhere(node, call)
+        _rename_later_reads(node)
+    if call is None or "input" not in call.arguments:
+        return
+    if _is_identity(node, call):
+        bypass(node, call.arguments["input"])
+    elif call.name in _RULES:
+        _RULES[call.name](node, call)
+    else:
+        layers.find(node, call)
 
 
 def _drop_assert(node: Node) -> None:
-    is_assert = node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_async")
-    if is_assert and not node.users:
+    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0].strip("_")
+    if node.op in ("call_function", "call_method") and name.startswith(_ASSERTS) and not node.users:
         node.graph.erase_node(node)
 
 
-def _overwrites(graph: GraphModule, node: Node) -> bool:
-    if node.op == "call_module":
-        module = module_of(graph, node)
-        return type(module) in ACTIVATION_MODULES and bool(getattr(module, "inplace", False))
-    return node.target in IN_PLACE or node.kwargs.get("inplace") is True or _twin_method(node) is not None
+def _one_output(node: Node) -> None:
+    """A decomposed batch norm gives its statistics, too, which nobody reads in eval mode."""
+    items = list(node.users)
+    if node.target is torch.ops.aten._native_batch_norm_legit_no_training.default and all(
+        user.target is operator.getitem and user.args[1] == 0 for user in items
+    ):
+        for item in items:
+            bypass(item, node)
 
 
-def _twin_method(node: Node) -> str | None:
-    """The method that computes what an in-place method computes, and writes elsewhere; None for other nodes."""
-    name = str(node.target)
-    if node.op != "call_method" or not name.endswith("_") or name.endswith("__") or name == "requires_grad_":
-        return None
-    return name[:-1] if callable(getattr(torch.Tensor, name[:-1], None)) else None
+def _bypass_identity(graph: GraphModule, node: Node) -> bool:
+    module, operand = module_of(graph, node), node.args[0] if node.args else None
+    if type(module) is not nn.Identity or has_hooks(module) or operand is None:
+        return False
+    bypass(node, operand)
+    return True
 
 
-def _activation_from_module(graph: GraphModule, node: Node) -> None:
-    module = module_of(graph, node)
-    if module is None or type(module) not in ACTIVATION_MODULES or _has_hooks(module):
+def _module_to_function(graph: GraphModule, node: Node) -> None:
+    """Pooling becomes a function, and a module that writes over its operand does so no more."""
+    module: Any = module_of(graph, node)
+    if module is None or has_hooks(module):
         return
-    function, attributes = ACTIVATION_MODULES[type(module)]
-    operand = node.args[0] if node.args else next(iter(node.kwargs.values()))
-    node.op, node.target = "call_function", function
-    node.args = (operand,)
-    node.kwargs = {name: getattr(module, name) for name in attributes}
+    if type(module) in _POOLS:
+        settings = {k: getattr(module, k) for k in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")}
+        divisor = {"divisor_override": module.divisor_override} if getattr(module, "divisor_override", None) else {}
+        operand = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        node.op, node.target = "call_function", _FUNCTIONS[_POOLS[type(module)]]
+        node.args, node.kwargs = (operand,), {**settings, **divisor}
+    elif getattr(module, "inplace", False) is True and _is_torchs(module) and call_of_module(graph, node) is None:
+        module.inplace = False  # the graph's own copy
+        _rename_later_reads(node)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
-def _respell(node: Node) -> None:
-    if node.op not in ("call_method", "call_function"):
-        return
+def _write_elsewhere(node: Node, call: Call | None) -> None:
+    """Make an in-place function or method its functional twin."""
     node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    if node.op == "call_function" and node.target in _INPLACE_POSITION and len(node.args) > _INPLACE_POSITION[node.target]:
-        node.args = node.args[: _INPLACE_POSITION[node.target]]
-    if node.target in _OPERATORS:
-        node.target = _OPERATORS[node.target]
-    if node.target not in SPELLINGS:
-        node.target = _twin_method(node) or node.target
+    if node.op == "call_module" or not writes(node):
         return
-    adds = SPELLINGS[node.target] is operator.add
-    if adds and not (len(node.args) == 2 and not node.kwargs):
-        if len(node.args) != 1 or set(node.kwargs) != {"other"}:
-            return  # alpha=, out=: left as it is, opaque
-        node.args, node.kwargs = (node.args[0], node.kwargs["other"]), {}
-    node.op, node.target = "call_function", SPELLINGS[node.target]
-
-
-#: Activations whose last positional argument is ``inplace``, and its position.
-_INPLACE_POSITION: Mapping[object, int] = {
-    F.relu: 1,
-    F.relu6: 1,
-    F.silu: 1,
-    F.mish: 1,
-    F.hardswish: 1,
-    F.leaky_relu: 2,
-    F.elu: 2,
-    F.hardsigmoid: 1,
-    F.hardtanh: 3,
-}
+    twin = functional_twin(node)
+    if call is not None and node.args and node.args[-1] is True and "inplace" in call.arguments:
+        node.args = node.args[:-1]
+    elif twin is not None:
+        node.target = twin
 
 
 def _rename_later_reads(node: Node) -> None:
-    overwritten = node.args[0]
-    if not isinstance(overwritten, Node):
+    overwritten = node.args[0] if node.args else None
+    if not isinstance(overwritten, Node) or writes(node):
         return
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     for reader in list(overwritten.users):
@@ -190,101 +159,77 @@ def _rename_later_reads(node: Node) -> None:
             reader.replace_input_with(overwritten, node)
 
 
-def _module_from_function(graph: GraphModule, node: Node) -> None:
-    if node.op != "call_function" or node.target not in _FUNCTIONAL:
+def _is_identity(node: Node, call: Call) -> bool:
+    plain = call.name in ("clone", "alias", "contiguous") and not call.arguments.keys() - {"input"}
+    return plain and isinstance(call.arguments["input"], Node)
+
+
+def _binary(node: Node, call: Call) -> None:
+    """a + b and its like; the tensor first where the other is a constant."""
+    values = dict(call.arguments)
+    if values.pop("alpha", 1) != 1 or values.keys() != {"input", "other"}:
         return
-    signature, build = _FUNCTIONAL[node.target]
-    values: dict[str, Any] = {**dict(zip(signature, node.args, strict=False)), **node.kwargs}
-    operand = values.pop("input", None)
-    names = {key: str(v.target) for key, v in values.items() if isinstance(v, Node) and v.op == "get_attr"}
-    if not isinstance(operand, Node) or any(isinstance(v, Node) and v.op != "get_attr" for v in values.values()):
-        return
-    tensors = {key: _attribute(graph, names[key]) if key in names else v for key, v in values.items()}
-    module = build({**tensors, "rank": len(facts(operand).shape or ())})
-    if module is None:
-        return
-    home = _home(names)
-    taken = {str(other.target) for other in graph.graph.nodes if other.op == "call_module"}
-    target = home if home and home not in taken else free_target(graph, f"functional.{node.name}")
-    for name, buffer in _other_buffers(graph, target, module):
-        module.register_buffer(name, buffer)
-    become_module(graph, node, target, module, operand)
+    first, second = values["input"], values["other"]
+    if call.name in ("add", "mul") and _fixed(first) and not _fixed(second):
+        first, second = second, first
+    if isinstance(first, Node):
+        node.op, node.target, node.args, node.kwargs = "call_function", _BINARY[call.name], (first, second), {}
 
 
-def _home(names: Mapping[str, str]) -> str | None:
-    """The module whose parameters these are, if they are one module's and bear the usual names."""
-    parents = {name.rpartition(".")[0] for name in names.values()}
-    usual = all(name.rpartition(".")[2] == key for key, name in names.items())
-    return parents.pop() or None if len(parents) == 1 and usual else None
+def _fixed(value: object) -> bool:
+    return not isinstance(value, Node) or is_constant(value)
 
 
-def _other_buffers(graph: GraphModule, target: str, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Buffers of the module called so far that the new one lacks; they stay in the state dict."""
-    try:
-        old = graph.get_submodule(target)
-    except AttributeError:
-        return []
-    known = {name for name, _ in (*module.named_buffers(), *module.named_parameters())}
-    return [(name, buffer) for name, buffer in old.named_buffers(recurse=False) if name not in known]
+def _negative(node: Node, call: Call) -> None:
+    node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (call.arguments["input"], -1), {}
 
 
-def _attribute(graph: GraphModule, target: str) -> Any:
-    value: Any = graph
-    for atom in target.split("."):
-        value = getattr(value, atom)
-    return value
+def _concat(node: Node, call: Call) -> None:
+    parts = call.arguments["input"]
+    if isinstance(parts, (tuple, list)) and call.arguments.keys() <= {"input", "dim"}:
+        node.op, node.target, node.kwargs = "call_function", torch.cat, {}
+        node.args = (list(parts), call.arguments.get("dim", 0))
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value)
+def _pad(node: Node, call: Call) -> None:
+    values = dict(call.arguments)
+    operand, amounts = values.pop("input"), values.pop("pad")
+    options = {k: v for k, v in values.items() if v is not None and (k, v) != ("mode", "constant") and (k, v) != ("value", 0)}
+    if isinstance(amounts, (tuple, list)):
+        node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (operand, tuple(amounts)), options
 
 
-def _convolution(kind: type[nn.Module], dims: int) -> Callable[[dict[str, Any]], nn.Module | None]:
-    def build(values: dict[str, Any]) -> nn.Module | None:
-        weight, bias = values["weight"], values.get("bias")
-        groups = values.get("groups", 1)
-        padding = values.get("padding", 0)
-        module: Any = kind(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            tuple(weight.shape[2:]),
-            _each(values.get("stride", 1), dims),
-            padding if isinstance(padding, str) else _each(padding, dims),
-            _each(values.get("dilation", 1), dims),
-            groups,
-            bias is not None,
-            device="meta",
-        )
-        if not isinstance(weight, nn.Parameter):
-            return None  # computed: folding it would freeze what should follow its parameters
-        module.weight, module.bias = weight, bias
-        return module if isinstance(module, nn.Module) else None
-
-    return build
+def _function(node: Node, call: Call) -> None:
+    rest = {key: value for key, value in call.arguments.items() if key != "input"}
+    node.op, node.target, node.kwargs = "call_function", _FUNCTIONS[call.name], rest
+    node.args = (call.arguments["input"],)
 
 
-def _batch_norm(values: dict[str, Any]) -> nn.Module | None:
-    mean, variance = values.get("running_mean"), values.get("running_var")
-    if mean is None or variance is None or values.get("training", False):
-        return None
-    weight, bias = values.get("weight"), values.get("bias")
-    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 5: nn.BatchNorm3d}.get(values["rank"], nn.BatchNorm2d)
-    module: Any = kind(mean.shape[0], values.get("eps", 1e-5), values.get("momentum", 0.1), weight is not None, device="meta")
-    module.running_mean, module.running_var = mean, variance
-    module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
-    if weight is not None:
-        module.weight, module.bias = weight, bias
-    made: nn.Module = module
-    return made
+def _permute(node: Node, call: Call) -> None:
+    """``transpose`` and ``permute`` as ``torch.permute(x, dims)``, no dimension counted from the end."""
+    rank, values = len(facts(node).shape or ()), call.arguments
+    if call.name == "permute":
+        dims = list(values.get("sizes", ()))
+    else:
+        dims, swapped = list(range(rank)), [values.get("dim0"), values.get("dim1")]
+        if not rank or not all(isinstance(d, int) for d in swapped):
+            return
+        a, b = (d % rank for d in swapped if isinstance(d, int))
+        dims[a], dims[b] = dims[b], dims[a]
+    if rank and len(dims) == rank and all(isinstance(d, int) for d in dims):
+        node.op, node.target, node.kwargs = "call_function", torch.permute, {}
+        node.args = (values["input"], tuple(d % rank for d in dims))
 
 
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-#: function -> (names of its positional arguments, what makes the module).
-_FUNCTIONAL: Mapping[object, tuple[tuple[str, ...], Callable[[dict[str, Any]], nn.Module | None]]] = {
-    F.conv1d: (_CONVOLUTION, _convolution(nn.Conv1d, 1)),
-    F.conv2d: (_CONVOLUTION, _convolution(nn.Conv2d, 2)),
-    F.conv3d: (_CONVOLUTION, _convolution(nn.Conv3d, 3)),
-    F.batch_norm: (_BATCH_NORM, _batch_norm),
+#: name -> what the node becomes. Functions on parameters, which are not here, become modules.
+_RULES: Mapping[str, Callable[[Node, Call], None]] = {
+    **dict.fromkeys(ACTIVATIONS, respell),
+    **dict.fromkeys(_BINARY, _binary),
+    **dict.fromkeys(_FUNCTIONS, _function),
+    **dict.fromkeys(("getitem", "narrow", "slice"), become_slice),
+    **dict.fromkeys(("reshape", "flatten"), become_shuffle),
+    **dict.fromkeys(("transpose", "permute"), _permute),
+    "neg": _negative,
+    "cat": _concat,
+    "pad": _pad,
 }

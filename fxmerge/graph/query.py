@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxmerge.graph.guard import require_size
 from fxmerge.graph.meta import facts
+from fxmerge.graph.spelling import writes
 
 
 def module_of(graph: GraphModule, node: Node) -> nn.Module | None:
@@ -19,12 +21,22 @@ def module_of(graph: GraphModule, node: Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+_EFFECTS = (operator.setitem, torch._assert, require_size)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_impure(node: Node) -> bool:
     """Whether a node does something beside computing its value, so that it stays although nobody reads it."""
-    if node.op in ("placeholder", "output") or node.target in (operator.setitem, torch._assert) or "out" in node.kwargs:
+    if node.op in ("placeholder", "output") or node.target in _EFFECTS or "out" in node.kwargs:
         return True
-    in_place = str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return (node.op == "call_method" and in_place) or node.kwargs.get("inplace") is True
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is not None and getattr(owner.get_submodule(str(node.target)), "inplace", False) is True
+    return writes(node)
 
 
 def node_named(graph: GraphModule, name: str) -> Node | None:
@@ -38,14 +50,19 @@ def has_sole_user(node: Node) -> bool:
 
 def is_tensor(node: Node) -> bool:
     """Whether the node's value is a tensor that depends on the network's inputs (sizes and parameters do not)."""
-    return node.op not in ("get_attr", "output") and facts(node).shape is not None
+    return node.op not in ("get_attr", "output") and facts(node).shape is not None and not facts(node).constant
+
+
+def is_data(node: Node) -> bool:
+    """Whether the node's value is such a tensor, or holds some."""
+    return is_tensor(node) or (facts(node).bundle and not facts(node).constant)
 
 
 def data_operands(node: Node) -> tuple[Node, ...]:
-    """The operands that are tensors and not parameters, one entry for every use."""
+    """The operands that are tensors or hold tensors, and are no parameters, one entry for every use."""
     uses: list[Node] = []
     _collect((node.args, node.kwargs), uses)
-    return tuple(operand for operand in uses if is_tensor(operand))
+    return tuple(operand for operand in uses if is_data(operand))
 
 
 def _collect(value: object, uses: list[Node]) -> None:
@@ -62,20 +79,21 @@ def _collect(value: object, uses: list[Node]) -> None:
 
 
 def shared_modules(graph: GraphModule) -> frozenset[str]:
-    """Targets of modules that are called more than once, or that hold a parameter which another called module holds too."""
+    """Targets of modules that are called more than once, or that hold a parameter which another called module holds too.
+
+    A parameter that the graph reads by itself as well is no hindrance: a merge takes a copy.
+    """
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     holders: dict[int, set[str]] = {}
     for target in set(calls):
         for parameter in graph.get_submodule(target).parameters():
             holders.setdefault(id(parameter), set()).add(target)
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            holders.setdefault(id(_attribute(graph, str(node.target))), set()).add(f"get_attr {node.name}")
     tied = {target for group in holders.values() if len(group) > 1 for target in group}
     return frozenset(tied | {target for target, count in Counter(calls).items() if count > 1})
 
 
-def _attribute(graph: GraphModule, target: str) -> object:
+def attribute(graph: nn.Module, target: str) -> object:
+    """The attribute of a qualified name."""
     value: object = graph
     for atom in target.split("."):
         value = getattr(value, atom)

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import InputError, NotFiniteError, TraceError
-from fxmerge.graph.meta import facts, record
-from fxmerge.graph.normalise import normalise, reads_shapes
+from fxmerge.errors import FxMergeError, InputError, NotFiniteError, TraceError
+from fxmerge.graph.capture import by_export, input_sources, of_graph, of_program, symbolically
+from fxmerge.graph.meta import facts, record, set_front_end
+from fxmerge.graph.normalise import normalise
+from fxmerge.graph.spelling import name_of, read_call
+
+log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parents[1]
 _TORCH = Path(torch.__file__).resolve().parent
 
 
-def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> GraphModule:
+def trace(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    front_end: Literal["any", "symbolic_trace", "export"] = "any",
+) -> GraphModule:
     """Trace a model, as it is in eval mode, into a GraphModule that owns a copy of its weights.
 
     Args:
-        model: any nn.Module, or a GraphModule that someone else traced. It is not changed.
+        model: any nn.Module; a GraphModule that someone else traced (of TorchDynamo's, the example inputs are all it takes, and
+            the parameters among them become attributes); or an ExportedProgram. It is not changed.
         example_inputs: one tensor, or the tuple of positional arguments. Batch and image size may differ later.
         example_kwargs: keyword arguments for ``forward``.
+        front_end: how a module is captured: by torch.fx's symbolic tracing, by torch.export, or by the first that works.
 
     Returns:
         A graph in one dialect (:mod:`fxmerge.graph.normalise`), in eval mode, with the shape of every tensor recorded.
@@ -44,20 +59,69 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     >>> [node.name for node in graph.graph.nodes]
     ['input_1', '_0', '_1', 'output']
     """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"expected a torch.nn.Module to trace, found {type(model).__name__}: {model!r:.80}")
     arguments = as_arguments(example_inputs)
     keywords = dict(example_kwargs or {})
+    if isinstance(model, ExportedProgram):
+        return _of_program(model, arguments, keywords)
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"expected a torch.nn.Module to trace, found {type(model).__name__}: {model!r:.80}")
     check_finite(model)
     twin = _copied(model).eval()
     expected = _reference(twin, arguments, keywords)
-    graph = _captured(twin)
+    if isinstance(twin, GraphModule):
+        assert isinstance(model, GraphModule)
+        graph, free = of_graph(twin, input_sources(model), arguments)
+        return _finished(graph, "given", expected, free, keywords)
+    return _of_module(twin, expected, arguments, keywords, front_end)
+
+
+def _of_program(program: ExportedProgram, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
+    graph = _copied(of_program(program))
+    assert isinstance(graph, GraphModule)
+    if any(call.arguments.get("training") is True for node in graph.graph.nodes if (call := read_call(node)) is not None):
+        raise TraceError("this program was exported in train mode: call model.eval() before torch.export.export")
+    check_finite(graph)
+    return _finished(graph, "given", _reference(graph, arguments, keywords), arguments, keywords)
+
+
+def _of_module(
+    model: nn.Module, expected: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], front_end: str
+) -> GraphModule:
+    """By the first front end whose graph computes what the model does."""
+    faults: list[FxMergeError] = []
+    for name in ("symbolic_trace", "export"):
+        if front_end in ("any", name):
+            try:
+                # Both copy what they capture: the first must not leave traces of itself for the second.
+                graph = _captured(name, _copied(model), arguments, keywords)
+                return _finished(graph, name, expected, arguments, keywords)
+            except FxMergeError as fault:
+                log.info("%s: %s", name, fault)
+                faults.append(fault)
+    if len(faults) == 1:
+        raise faults[0]
+    raise type(faults[0])(f"{faults[0]} torch.export fails too: {_first_line(faults[1])}") from faults[1]
+
+
+def _captured(name: str, model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
+    try:
+        return symbolically(model) if name == "symbolic_trace" else by_export(model, _fresh(arguments), keywords)
+    except Exception as fault:
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced{_user_line(fault)}: {_first_line(fault)}. Control flow that depends on "
+            "tensor values or sizes has no graph; rewrite that line, or trace the part of the model around it."
+        ) from fault
+
+
+def _finished(graph: GraphModule, name: str, expected: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
+    """The captured graph in the dialect, with shapes, checked."""
+    graph.eval()
     _note_sources(graph)
-    if reads_shapes(graph):
-        propagate_shapes(graph, arguments, keywords)
+    propagate_shapes(graph, arguments, keywords)
     normalise(graph)
     found = propagate_shapes(graph, arguments, keywords)
     _check_same(expected, found)
+    set_front_end(graph, name)
     return graph
 
 
@@ -79,8 +143,8 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise InputError(f"{name} is uninitialized: run the model once on an input before giving it to fxmerge")
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all()):
+            bad = int((~torch.isfinite(tensor.detach())).sum())
             raise NotFiniteError(
                 f"{bad} of {tensor.numel()} values of {name} are NaN or infinite; repair or retrain the weights first",
                 where=name,
@@ -96,7 +160,7 @@ def propagate_shapes(graph: GraphModule, arguments: Sequence[Any], keywords: Map
     recorder = _ShapeRecorder(graph)
     try:
         with torch.no_grad():
-            return recorder.run(*_placed(graph, _fresh(arguments), keywords or {}))
+            return recorder.run(*_placed(graph, _fresh(arguments), keywords or {}), enable_io_processing=False)
     except Exception as fault:
         raise InputError(f"the graph rejects inputs of {_sizes(arguments)}: {_first_line(fault)}") from fault
 
@@ -115,15 +179,17 @@ class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
-            record(n, shape=tuple(value.shape), dtype=value.dtype)
+            record(n, shape=tuple(value.shape), dtype=value.dtype, bundle=False)
         else:
-            record(n, shape=None, dtype=None)
+            record(n, shape=None, dtype=None, bundle=n.op != "output" and bool(_tensors(value)))
         return value
 
 
 def _placed(graph: GraphModule, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
     """Arguments in the order of the graph's placeholders, keywords and defaults in their places."""
     holders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    if isinstance(graph.graph._codegen, _PyTreeCodeGen):
+        return pytree.tree_leaves((tuple(arguments), dict(keywords)))
     placed: list[Any] = list(arguments[: len(holders)])
     for holder in holders[len(placed) :]:
         name = str(holder.target)
@@ -158,21 +224,6 @@ def _fresh(arguments: Sequence[Any]) -> list[Any]:
     return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
-def _captured(model: nn.Module) -> GraphModule:
-    tracer = fx.Tracer()
-    tracer.record_stack_traces = True
-    try:
-        if isinstance(model, GraphModule):
-            return GraphModule(model, copy.deepcopy(model.graph))
-        graph = tracer.trace(model)
-        return GraphModule(tracer.root, graph, type(model).__name__)
-    except Exception as fault:
-        raise TraceError(
-            f"{type(model).__name__} cannot be traced{_user_line(fault)}: {_first_line(fault)}. Control flow that depends on "
-            "tensor values or sizes has no graph; rewrite that line, or trace the part of the model around it."
-        ) from fault
-
-
 def _user_line(fault: BaseException) -> str:
     """`` at file:line (code)`` for the innermost frame that is neither torch's nor ours; empty where there is none."""
     for frame in reversed(traceback.extract_tb(fault.__traceback__)):
@@ -185,7 +236,7 @@ def _user_line(fault: BaseException) -> str:
 def _note_sources(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         where = _last_user_frame(node.stack_trace) if node.stack_trace else ""
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        name = name_of(node) if node.op in ("call_function", "call_method") else str(node.target)
         record(node, target=name, source=where)
 
 
@@ -202,7 +253,10 @@ def _last_user_frame(stack: str) -> str:
 
 def _check_same(expected: Any, found: Any) -> None:
     """The graph must compute what the model does; a trace that froze a branch or an alias is caught here."""
-    for a, b in zip(_tensors(expected), _tensors(found), strict=False):
+    wanted, given = _tensors(expected), _tensors(found)
+    if len(wanted) != len(given):
+        raise TraceError(f"the traced graph gives {len(given)} tensors where the model gives {len(wanted)}")
+    for a, b in zip(wanted, given, strict=True):
         if a.shape != b.shape:
             raise InputError(f"the traced graph gives shape {tuple(b.shape)} where the model gives {tuple(a.shape)}")
         if not a.is_floating_point() or not a.numel():

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
+from fxmerge.graph.activations import ACTIVATIONS
+from fxmerge.operators.arithmetic import Arithmetic
 from fxmerge.operators.base import Activation, Join, Map, Opaque, Operator, Operators, Site, Verdict, channelwise
-from fxmerge.operators.convolution import AveragePool, Convolution
-from fxmerge.operators.join import add, concat
-from fxmerge.operators.pointwise import ACTIVATIONS, BatchNorm, activation, identity
+from fxmerge.operators.convolution import AveragePool, Convolution, TransposedConvolution
+from fxmerge.operators.join import concat
+from fxmerge.operators.pointwise import BatchNorm, activation, identity, norm_of_input
 from fxmerge.operators.reading import read_expression, read_maps
+from fxmerge.operators.rearranging import ChannelShuffle, PixelUnshuffle
 from fxmerge.operators.slicing import Slice, ZeroPad
 
 __all__ = [
@@ -41,16 +45,26 @@ def default_operators() -> Operators:
     """The operators that fxmerge knows; ``.extended(...)`` adds to them."""
     modules: dict[type[nn.Module], Any] = {
         **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Convolution()),
-        **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), AveragePool()),
+        **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TransposedConvolution()),
         **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BatchNorm()),
+        **dict.fromkeys(_INPUT_NORMS, channelwise(norm_of_input)),
         **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad2d), ZeroPad()),
-        **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d), channelwise(identity)),
+        **dict.fromkeys((nn.PReLU, nn.RReLU), channelwise(activation)),
+        **dict.fromkeys(_IDENTITIES, channelwise(identity)),
     }
     functions: dict[object, Any] = {
-        **dict.fromkeys(ACTIVATIONS, channelwise(activation)),
-        operator.add: channelwise(add),
+        **dict.fromkeys((function for function, _ in ACTIVATIONS.values()), channelwise(activation)),
+        **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.truediv), Arithmetic()),
+        **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), AveragePool()),
         torch.cat: channelwise(concat),
         operator.getitem: Slice(),
         F.pad: ZeroPad(),
+        F.pixel_unshuffle: PixelUnshuffle(),
+        F.channel_shuffle: ChannelShuffle(),
+        **dict.fromkeys(("contiguous", torch.ops.aten.contiguous.default), channelwise(identity)),
     }
     return Operators(modules, functions)
+
+
+_INPUT_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)

@@ -13,12 +13,13 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Reason
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import is_tensor, module_of, shared_modules
+from fxmerge.graph.query import has_hooks, is_tensor, module_of, shared_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,9 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Several operands are added, or put one after the other on channels."""
+    """Several operands are added, subtracted from the first, or put one after the other on channels."""
 
-    kind: Literal["sum", "concat"]
+    kind: Literal["sum", "difference", "concat"]
     operands: tuple[Node, ...]
 
 
@@ -131,7 +132,10 @@ class Operators:
     def find(self, graph: GraphModule, node: Node) -> Operator | None:
         """The operator for a node, or None."""
         if node.op == "call_module":
-            return self.modules.get(type(module_of(graph, node)))  # type: ignore[arg-type]
+            module = module_of(graph, node)
+            # A parametrized layer (weight norm) is an instance of a class made for it alone, below its own.
+            kind = type(module).__bases__[0] if module is not None and is_parametrized(module) else type(module)
+            return self.modules.get(kind)
         return self.functions.get(node.target) if node.op in ("call_function", "call_method") else None
 
     def verdicts(self, graph: GraphModule) -> dict[Node, Verdict]:
@@ -146,7 +150,7 @@ class Operators:
         if operator is None:
             return Opaque(detail=_describe(site))
         if module is not None:
-            if module._forward_hooks or module._forward_pre_hooks:
+            if has_hooks(module):
                 return Opaque(Reason.HOOKED, advice="remove the hooks before tracing; they cannot run in a merged layer")
             if str(node.target) in site.shared:
                 return Opaque(Reason.SHARED, advice="give each call a module of its own, if they need not share weights")

@@ -40,13 +40,47 @@ class Convolution:
         return Geometry(module.in_channels, module.out_channels, axes, module.groups, module.bias is not None)
 
 
-class AveragePool:
-    """nn.AvgPool1d to 3d where it is exactly a depthwise convolution: no ceil mode, and padding, if any, counted."""
+class TransposedConvolution:
+    """nn.ConvTranspose1d to 3d of stride 1: a convolution with its kernel turned round. Others make an image larger: refused."""
 
     def verdict(self, site: Site) -> Verdict:
         module = site.module
-        padding = _each(module.padding, site.dims)
-        if module.ceil_mode or getattr(module, "divisor_override", None) or (any(padding) and not module.count_include_pad):
+        if any(stride != 1 for stride in module.stride):
+            return Opaque(Reason.UPSAMPLING, f"transposed convolution of stride {tuple(module.stride)}")
+        if len(site.operand_shape) != len(module.kernel_size) + 2:
+            return Opaque(Reason.SHAPE, f"operand of shape {site.operand_shape}", "give a batch dimension")
+        return Map(self._geometry(module), "convolution")
+
+    def affine(self, site: Site) -> Affine:
+        module = site.module
+        blocks = module.weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return Affine.of(self._geometry(module), blocks.flip(tuple(range(2, blocks.dim()))), module.bias)
+
+    def unpad(self, site: Site) -> None:
+        """Padding d*(k-1) crops what a transposed convolution adds around its input."""
+        twin: Any = sharing_copy(site.module)
+        twin.padding = tuple(d * (k - 1) for d, k in zip(twin.dilation, twin.kernel_size, strict=True))
+        twin.output_padding = (0,) * len(twin.kernel_size)
+        put_module(site.graph, str(site.node.target), twin)
+
+    def _geometry(self, module: Any) -> Geometry:
+        axes = tuple(map(_turned, module.kernel_size, module.padding, module.output_padding, module.dilation))
+        return Geometry(module.in_channels, module.out_channels, axes, module.groups, module.bias is not None)
+
+
+def _turned(kernel: int, padding: int, output_padding: int, dilation: int) -> Axis:
+    before = dilation * (kernel - 1) - padding
+    return Axis.convolution(kernel, 1, (before, before + output_padding), dilation)
+
+
+class AveragePool:
+    """F.avg_pool1d to 3d where it is exactly a depthwise convolution: no ceil mode, and padding, if any, counted."""
+
+    def verdict(self, site: Site) -> Verdict:
+        options = site.node.kwargs
+        padding = _each(options.get("padding", 0), site.dims)
+        uncounted = any(padding) and not options.get("count_include_pad", True)
+        if site.dims < 1 or options.get("ceil_mode") or options.get("divisor_override") or uncounted:
             return Opaque(detail="average pooling whose divisor changes at the border")
         return Map(self._geometry(site))
 
@@ -56,15 +90,13 @@ class AveragePool:
         return Affine.of(geometry, weight)
 
     def unpad(self, site: Site) -> None:
-        twin: Any = sharing_copy(site.module)
-        twin.padding = type(twin.padding)((0,) * site.dims) if isinstance(twin.padding, tuple) else 0
-        put_module(site.graph, str(site.node.target), twin)
+        site.node.kwargs = {**site.node.kwargs, "padding": 0}
 
     def _geometry(self, site: Site) -> Geometry:
-        module, dims = site.module, site.dims
-        kernel = _each(module.kernel_size, dims)
-        padding = [(p, p) for p in _each(module.padding, dims)]
-        axes = tuple(map(Axis.convolution, kernel, _each(module.stride, dims), padding, (1,) * dims))
+        options, dims = site.node.kwargs, site.dims
+        kernel = _each(options["kernel_size"], dims)
+        padding = [(p, p) for p in _each(options.get("padding", 0), dims)]
+        axes = tuple(map(Axis.convolution, kernel, _each(options.get("stride") or kernel, dims), padding, (1,) * dims))
         return Geometry(site.channels, site.channels, axes, site.channels)
 
 
@@ -86,5 +118,5 @@ def _padding(module: Any) -> list[tuple[int, int]]:
     return [(p, p) for p in module.padding]
 
 
-def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value)
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)

@@ -1,24 +1,12 @@
-"""Operators where paths meet: residual adds, concats on channels."""
+"""Concats on channels."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from fxmerge.core.segment import Reason
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import is_tensor
 from fxmerge.operators.base import Join, Opaque, Site, Verdict
-
-
-def add(site: Site) -> Verdict:
-    """a + b for two images of one shape."""
-    operands = tuple(arg for arg in site.node.args if isinstance(arg, Node) and is_tensor(arg))
-    if len(operands) != 2 or len(site.node.args) != 2:
-        return Opaque(detail="addition of something that is no image")
-    shapes = {facts(operand).shape for operand in operands}
-    if len(shapes) > 1:
-        return Opaque(Reason.SHAPE, "the addition broadcasts")
-    return Join("sum", operands)
 
 
 def concat(site: Site) -> Verdict:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from fxmerge.algebra.affine import Affine, scaling
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Reason
 from fxmerge.operators.base import Activation, Map, Opaque, Site, Verdict
-
-#: The dialect's spellings of the pointwise non-linearities (:mod:`fxmerge.graph.normalise` brings all others to these).
-ACTIVATIONS = (
-    F.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, F.elu, F.mish, F.softplus, F.hardtanh, F.hardsigmoid,
-    torch.tanh, torch.sigmoid,
-)  # fmt: skip
 
 
 class BatchNorm:
@@ -42,6 +35,12 @@ class BatchNorm:
         return
 
 
+def norm_of_input(site: Site) -> Verdict:
+    """Group, layer and instance norms: their statistics depend on what they see."""
+    advice = "a batch norm with running statistics in its place can be merged"
+    return Opaque(Reason.BATCH_STATISTICS, f"{type(site.module).__name__}", advice)
+
+
 def identity(site: Site) -> Verdict:
     """Dropout in eval mode, nn.Identity."""
     return Map(Geometry.identity(site.channels, site.dims)) if len(site.operand_shape) > 2 else Opaque(Reason.SHAPE)
@@ -51,4 +50,5 @@ def activation(site: Site) -> Verdict:
     """A pointwise non-linearity of one operand."""
     if site.operand is None:
         return Opaque(detail="activation of something that is no image")
-    return Activation(getattr(site.node.target, "__name__", str(site.node.target)))
+    function = getattr(site.node.target, "__name__", str(site.node.target))
+    return Activation(type(site.module).__name__.lower() if site.module is not None else function)

@@ -12,7 +12,6 @@ from torch import nn
 from fxmerge.algebra.affine import Affine
 from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.segment import Reason
-from fxmerge.graph.meta import facts
 from fxmerge.operators.base import Map, Opaque, Site, Verdict
 
 
@@ -30,7 +29,7 @@ class Slice:
             return replace(Affine.identity(geometry.in_channels, len(geometry.axes)), geometry=geometry)
         index = self._slices(site)
         assert index is not None
-        return _selection(geometry, range(geometry.in_channels)[index[1]])
+        return selection(geometry, range(geometry.in_channels)[index[1]])
 
     def unpad(self, site: Site) -> None:
         index = self._slices(site)
@@ -70,7 +69,7 @@ class ZeroPad:
         if geometry.groups > 1:
             return replace(Affine.identity(geometry.in_channels, len(geometry.axes)), geometry=geometry)
         before, _ = self._required(site)[1]
-        return _selection(geometry, range(-before, geometry.out_channels - before))
+        return selection(geometry, range(-before, geometry.out_channels - before))
 
     def unpad(self, site: Site) -> None:
         pads = self._required(site)
@@ -113,7 +112,7 @@ def _pad_arguments(site: Site) -> Sequence[int] | None:
     return tuple(amounts)
 
 
-def _selection(geometry: Geometry, sources: Sequence[int]) -> Affine:
+def selection(geometry: Geometry, sources: Sequence[int]) -> Affine:
     """Output channel i is input channel ``sources[i]``, or zero where that is no channel."""
     weight = torch.zeros(geometry.weight_shape, dtype=torch.float64)
     for out, source in enumerate(sources):
@@ -128,7 +127,3 @@ def _constant(part: slice) -> bool:
 
 def _is_whole(part: slice) -> bool:
     return part.start in (None, 0) and part.stop is None and part.step in (None, 1)
-
-
-def shape_of(site: Site) -> tuple[int, ...]:
-    return facts(site.node).shape or ()

@@ -164,7 +164,7 @@ class TestSpaces:
 
     def test_exact_keeps_the_function(self) -> None:
         offered = candidates(found("repvgg_block"), space=Space.named("exact"))
-        assert {c.id for c in offered} == {"_1->relu composed 4->4 3x3", "relu->relu_1 composed 4->6 3x3 s2x2"}
+        assert {c.id for c in offered} == {"_1->_2_relu composed 4->4 3x3", "_2_relu->_3_relu composed 4->6 3x3 s2x2"}
         assert all(c.exact for c in offered)
 
     def test_exact_offers_nothing_where_activations_or_borders_would_go(self) -> None:

@@ -128,7 +128,7 @@ def _tied() -> nn.Module:
 
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
     "opaque node": (lambda: nn.Sequential(conv(3, 4), nn.MaxPool2d(2)), "_1", Reason.OPAQUE, "MaxPool2d"),
-    "group norm": (lambda: nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4)), "_1", Reason.OPAQUE, "GroupNorm"),
+    "group norm": (lambda: nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4)), "_1", Reason.BATCH_STATISTICS, "GroupNorm"),
     "no statistics": (
         lambda: nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, track_running_stats=False)),
         "_1", Reason.BATCH_STATISTICS, "no running statistics",
@@ -152,9 +152,10 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
     "flat": (
         lambda: nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(576, 4), nn.ReLU()), "_3", Reason.SHAPE, r"shape \(1, 4\)",
     ),
-    "constant added": (
-        lambda: Net(lambda s, x: s.a(x) + 1.0, a=conv(3, 4)), "add", Reason.OPAQUE, "something that is no image",
+    "image added": (
+        lambda: Net(lambda s, x: s.a(x) + torch.ones(12, 12), a=conv(3, 4)), "add", Reason.OPAQUE, "one constant for each channel",
     ),
+    "gate": (lambda: Net(lambda s, x: s.a(x) * s.b(x), a=conv(3, 4), b=conv(3, 4)), "mul", Reason.OPAQUE, "a gate"),
     "pooling that counts no padding": (
         lambda: nn.Sequential(conv(3, 4), nn.AvgPool2d(2, padding=1, count_include_pad=False)),
         "_1", Reason.OPAQUE, "divisor changes at the border",

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.graph.normalise import ACTIVATION_MODULES
+from fxmerge.graph.activations import ACTIVATION_MODULES
+from fxmerge.graph.activations import ACTIVATIONS as DIALECT
 from fxmerge.graph.query import module_of
 from fxmerge.graph.trace import trace
 from tests.laws import relative_error
@@ -60,6 +61,10 @@ ACTIVATIONS: dict[str, tuple[Forward, object]] = {
 }
 
 
+def made(kind: type[nn.Module]) -> nn.Module:
+    return kind(0.1, 0.2) if kind is nn.Threshold else kind()
+
+
 class TestActivations:
     @pytest.mark.parametrize("spelling", ACTIVATIONS)
     def test_every_spelling_is_one_function_without_side_effects(self, spelling: str) -> None:
@@ -72,7 +77,7 @@ class TestActivations:
 
     @pytest.mark.parametrize("kind", ACTIVATION_MODULES, ids=lambda kind: kind.__name__)
     def test_a_module_becomes_its_function_with_its_options(self, kind: type[nn.Module]) -> None:
-        assert calls(lambda s, x: s.act(s.a(x)), a=conv(3, 4), act=kind()) == ["a", ACTIVATION_MODULES[kind][0]]
+        assert calls(lambda s, x: s.act(s.a(x)), a=conv(3, 4), act=made(kind)) == ["a", DIALECT[ACTIVATION_MODULES[kind]][0]]
 
     @pytest.mark.parametrize(
         "module", [nn.LeakyReLU(0.7), nn.ELU(0.3), nn.GELU("tanh"), nn.Hardtanh(-0.2, 0.1), nn.Softplus(3, 1)], ids=repr
@@ -199,9 +204,17 @@ class TestFunctionalLayers:
 
         traced(forward, a=conv(3, 4))
 
-    def test_a_computed_weight_stays_a_function(self) -> None:
+    def test_a_weight_computed_from_parameters_is_computed_once(self) -> None:
         def forward(s: Any, x: Any) -> Any:
             return F.conv2d(x, s.a.weight - s.a.weight.mean(), padding=1)
+
+        graph = traced(forward, a=conv(3, 4))
+        assert targets(graph) == ["a"]
+        assert abs(float(graph.get_submodule("a").weight.mean())) < 1e-15
+
+    def test_a_weight_computed_from_the_input_stays_a_function(self) -> None:
+        def forward(s: Any, x: Any) -> Any:
+            return F.conv2d(x, s.a.weight * x.mean(), padding=1)
 
         assert F.conv2d in calls(forward, a=conv(3, 4))
 

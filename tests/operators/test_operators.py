@@ -46,7 +46,6 @@ MAPS: dict[str, Forward] = {
     "a range of channels": lambda s, x: x[:, 1:],
     "every other channel": lambda s, x: x[:, ::2],
     "channels from the end": lambda s, x: x[:, -2:],
-    "whole": lambda s, x: x[:],
     "pad": lambda s, x: F.pad(x, (1, 2, 0, 3)),
     "pad one axis": lambda s, x: F.pad(x, (1, 2)),
     "pad a list": lambda s, x: F.pad(x, [0, 1, 1, 0]),
@@ -54,7 +53,21 @@ MAPS: dict[str, Forward] = {
     "pad channels": lambda s, x: F.pad(x, (0, 0, 0, 0, 2, 1)),
     "pad channels and rows": lambda s, x: F.pad(x, (0, 0, 1, 1, 1, 0), "constant", 0.0),
     "pad by keyword": lambda s, x: F.pad(x, pad=(1, 1), value=0),
-    "nn.Identity": lambda s, x: s.identity(x),
+    "an ellipsis": lambda s, x: x[..., 1:],
+    "a number added": lambda s, x: x + 1,
+    "a number before": lambda s, x: 2 * x,
+    "a number subtracted": lambda s, x: x - 0.5,
+    "divided by a number": lambda s, x: x / 3,
+    "the negative": lambda s, x: -x,
+    "a number for each channel": lambda s, x: x * torch.tensor([1.0, 2.0, 3.0]).double().view(1, 3, 1, 1),
+    "divided by a number for each channel": lambda s, x: x / torch.tensor([1.0, 2.0, 3.0]).double().view(3, 1, 1),
+    "a shift of each channel": lambda s, x: x - torch.tensor([1.0, 2.0, 3.0]).double().view(1, 3, 1, 1),
+    "half of a split": lambda s, x: x.split([1, 2], 1)[1],
+    "part of a chunk": lambda s, x: torch.chunk(x, 2, dim=1)[0],
+    "narrow": lambda s, x: x.narrow(1, 1, 2),
+    "slices in a row": lambda s, x: x[:, 1:][:, :, ::2][:, :, :, 1:],
+    "F.avg_pool2d": lambda s, x: F.avg_pool2d(x, 3, 2, padding=1),
+    "channel_shuffle": lambda s, x: F.channel_shuffle(x, 3),
     "nn.Dropout": lambda s, x: s.dropout(x),
 }
 
@@ -65,9 +78,10 @@ MODULES: dict[str, nn.Module] = {
     "ZeroPad2d": nn.ZeroPad2d((3, 0, -1, 2)),
     "ConstantPad2d": nn.ConstantPad2d(1, 0.0),
     "Conv2d same": nn.Conv2d(3, 4, (3, 2), padding="same", dilation=(1, 2)),
+    "ConvTranspose2d": nn.ConvTranspose2d(3, 4, 3),
+    "ConvTranspose2d padded": nn.ConvTranspose2d(3, 6, (3, 2), 1, (2, 0), groups=3, dilation=(1, 2), bias=False),
     "Conv2d grouped": nn.Conv2d(3, 6, (2, 5), 3, (1, 2), (4, 1), 3),
     "BatchNorm2d": nn.BatchNorm2d(3, eps=0.1),
-    "Identity": nn.Identity(),
     "Dropout2d": nn.Dropout2d(),
 }
 
@@ -90,6 +104,37 @@ class TestMaps:
             with torch.no_grad():
                 assert relative_error(graph(x), module(F.pad(x, separate_padding(affine.geometry)))) < 1e-14
 
+    def test_pixels_become_channels_where_the_size_allows(self) -> None:
+        graph, node, verdict = last(lambda s, x: F.pixel_unshuffle(x, 2))
+        assert isinstance(verdict, Map)
+        operator = default_operators().find(graph, node)
+        assert operator is not None
+        affine = operator.affine(Site(graph, node))
+        x = images(size=(14, 8), seed=1)
+        assert torch.equal(graph(x), convolution_with(affine, like=affine.weight)(x))
+
+    def test_channels_shuffled_by_views_are_read_as_one_node(self) -> None:
+        def forward(s: Any, x: Any) -> Any:
+            y = s.a(x)
+            n, c, h, w = y.shape
+            return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+
+        _, node, verdict = last(forward, a=conv(3, 4))
+        assert node.target is F.channel_shuffle
+        assert isinstance(verdict, Map)
+
+    @pytest.mark.parametrize("stride", [2, (1, 2)])
+    def test_a_transposed_convolution_that_enlarges_is_refused(self, stride: Any) -> None:
+        verdict = last(lambda s, x: s.a(x), a=nn.ConvTranspose2d(3, 4, 2, stride))[2]
+        assert isinstance(verdict, Opaque)
+        assert verdict.reason is Reason.UPSAMPLING
+
+    @pytest.mark.parametrize("norm", [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm(12)])
+    def test_a_norm_that_depends_on_its_input_is_refused(self, norm: nn.Module) -> None:
+        verdict = last(lambda s, x: s.n(x), n=norm)[2]
+        assert isinstance(verdict, Opaque)
+        assert verdict.reason is Reason.BATCH_STATISTICS
+
     def test_roles_say_what_may_be_pruned(self) -> None:
         assert last(lambda s, x: s.a(x), a=conv(3, 4))[2].role == "convolution"  # type: ignore[union-attr]
         assert last(lambda s, x: s.a(x), a=nn.BatchNorm2d(3))[2].role == "norm"  # type: ignore[union-attr]
@@ -106,6 +151,11 @@ class TestJoins:
     def test_channels_may_be_counted_from_the_end(self, forward: Forward) -> None:
         assert isinstance(last(forward)[2], Join)
 
+    def test_a_difference_is_a_join(self) -> None:
+        _, _, verdict = last(lambda s, x: s.a(x) - x, a=conv(3, 3))
+        assert isinstance(verdict, Join)
+        assert (verdict.kind, [n.name for n in verdict.operands]) == ("difference", ["a", "x"])
+
     def test_a_tensor_may_be_added_to_itself(self) -> None:
         _, _, verdict = last(lambda s, x: x + x)
         assert isinstance(verdict, Join)
@@ -117,7 +167,6 @@ OPAQUE: dict[str, tuple[Forward, Reason]] = {
     "an end from the start": (lambda s, x: x[:, :, :5], Reason.OPAQUE),
     "a start from the end": (lambda s, x: x[:, :, -5:], Reason.OPAQUE),
     "a slice of the batch": (lambda s, x: x[:1], Reason.OPAQUE),
-    "an ellipsis": (lambda s, x: x[..., 1:], Reason.OPAQUE),
     "a new axis": (lambda s, x: x[:, None], Reason.OPAQUE),
     "a computed bound": (lambda s, x: x[:, :, : x.shape[2] - 1], Reason.OPAQUE),
     "a tensor as index": (lambda s, x: x[:, torch.tensor([0, 2])], Reason.OPAQUE),
@@ -127,7 +176,7 @@ OPAQUE: dict[str, tuple[Forward, Reason]] = {
     "padding of the batch": (lambda s, x: F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)), Reason.PADDING_MODE),
     "channels cropped by padding": (lambda s, x: F.pad(x, (0, 0, 0, 0, -1, 0)), Reason.PADDING_MODE),
     "concat on rows": (lambda s, x: torch.cat((x, x), 2), Reason.OPAQUE),
-    "a number added": (lambda s, x: x + 1, Reason.OPAQUE),
+    "a number less": (lambda s, x: 1 - x, Reason.OPAQUE),
     "a broadcast sum": (lambda s, x: x + x.mean((2, 3), keepdim=True), Reason.SHAPE),
     "a scaled sum": (lambda s, x: torch.add(x, x, alpha=2), Reason.OPAQUE),
     "a product": (lambda s, x: x * x, Reason.OPAQUE),
