@@ -14,14 +14,14 @@ The rooms, in the order in which they may import each other (those on one level 
     errors      one small tree of exceptions
     core        the nouns: geometry, expression, segment, region, table, plan; no torch.fx
     algebra     affine maps with their numbers; least squares; tensors only
-    graph       every torch.fx idiom, once: trace, normalise, query, edit, extract
+    graph       every torch.fx idiom, once: capture, one dialect (spelling, activations, modules, slices, names), query, edit
     solve       tree + tables -> Pareto front; integers, no torch
     operators   what is known of each operator of torch: what it is, its numbers, how it runs without padding
     analysis    graph -> facts: cuts, segments, candidates, reports; edits nothing
     passes      graph -> graph, one per file; none changes its input
     measure     latency, importance, weights from data      tune        the student trained
     compress, result, testing     the story, its outcome, its proof
-    backend, cli, demo            the doors
+    backend, cli, demo            the doors      data   images on disk, for the CLI
 """
 
 from __future__ import annotations

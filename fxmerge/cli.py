@@ -6,7 +6,8 @@ import argparse
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.data import in_a_line, read_images
 from fxmerge.errors import FxMergeError, InputError
 
 
@@ -49,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     compress = verbs.add_parser("compress", help="compress a model to a latency budget")
     _model_options(compress)
     compress.add_argument("--data", help="an ImageFolder directory, or NAME:ROOT of a torchvision data set on disk (CIFAR10:/data)")
+    compress.add_argument("--mean", type=float, nargs="+", help="subtracted from images in 0..1 (default: ImageNet's)")
+    compress.add_argument("--std", type=float, nargs="+", help="... which are divided by this")
     compress.add_argument("--images", type=int, default=512, help="calibration images to take (default %(default)s)")
     compress.add_argument("--speedup", type=float, help="how many times faster than the folded original")
     compress.add_argument("--fraction", type=float, help="or: which part of its latency may remain")
@@ -71,11 +75,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs="+", default=[224], help="image height and width (default 224)")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="batch size to measure for (default %(default)s)")
-    parser.add_argument("--mean", type=float, nargs="+", default=[0.485, 0.456, 0.406], help="subtracted from images in 0..1")
-    parser.add_argument("--std", type=float, nargs="+", default=[0.229, 0.224, 0.225], help="... which are divided by this")
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    _check_numbers(options)
     graph = fxmerge.trace(_load_model(options), _example(options))
     print(fxmerge.explain(fxmerge.find_segments(graph)))  # noqa: T201
 
@@ -83,9 +86,11 @@ def _inspect(options: argparse.Namespace) -> None:
 def _compress(options: argparse.Namespace) -> None:
     if options.data is None and not options.exact:
         raise InputError("give --data (unlabelled images to calibrate on), or --exact")
+    _check_numbers(options)
     model = _load_model(options)
     images = None if options.exact else _images(options)
-    example = _example(options) if images is None else images[: options.batch]
+    example = _example(options) if images is None else images[torch.arange(options.batch) % len(images)]
+    _make_folder(options.out)
     result = fxmerge.compress(
         model,
         example,
@@ -104,15 +109,41 @@ def _compress(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from fxmerge.demo import run_demo
 
+    _make_folder(options.out)
     print(run_demo(options.out, speedup=options.speedup))  # noqa: T201
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    if len(options.size) > 2 or min(options.size) < 1:
+        raise InputError(f"--size takes one or two positive numbers, found {' '.join(map(str, options.size))}")
+    for name in ("batch", "channels", "images"):
+        value = getattr(options, name, 1)
+        if value < 1:
+            raise InputError(f"--{name} takes a positive number, found {value}")
+
+
+def _make_folder(out: Path) -> None:
+    """Before the work, so that what cannot be written to is told before it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as fault:
+        raise InputError(f"--out {out} is no directory that can be written to: {fault.strerror}") from fault
+
+
+def _size(options: argparse.Namespace) -> tuple[int, int]:
+    """Height and width."""
+    return options.size[0], options.size[-1]
+
+
 def _example(options: argparse.Namespace) -> Tensor:
-    height, width = (options.size * 2)[:2] if len(options.size) < 3 else (0, 0)
-    if min(height, width, options.batch, options.channels) < 1:
-        raise InputError(f"--size takes one or two positive numbers, --batch and --channels one, found {options.size}")
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(options.batch, options.channels, height, width, generator=generator)
+    return torch.randn(options.batch, options.channels, *_size(options), generator=generator)
+
+
+def _images(options: argparse.Namespace) -> Tensor:
+    size, channels = _size(options), options.channels
+    return read_images(options.data, count=options.images, size=size, channels=channels, mean=options.mean, std=options.std)
 
 
 def _load_model(options: argparse.Namespace) -> nn.Module:
@@ -137,8 +168,8 @@ def _made(name: str) -> nn.Module:
             made = get_model(factory, weights=None)
         else:
             made = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, ValueError, TypeError) as fault:
-        raise InputError(f"cannot make {name}: {fault}") from fault
+    except Exception as fault:  # a factory is other people's code, and raises anything
+        raise InputError(f"cannot make {name}: {in_a_line(fault)}") from fault
     finally:
         sys.path.remove("")
     if not isinstance(made, nn.Module):
@@ -150,43 +181,13 @@ def _state(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise InputError(f"no such file: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:
-        raise InputError(f"{path} is not a state dict of tensors: {str(fault).splitlines()[0]}") from fault
-    return dict(state.get("state_dict", state))
-
-
-def _images(options: argparse.Namespace) -> Tensor:
-    """Calibration images, normalised, (N, C, H, W)."""
-    dataset = _dataset(options)
-    if not len(dataset):
-        raise fxmerge.CalibrationError(f"{options.data} holds no images")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: options.images]
-    return torch.stack([dataset[int(i)][0] for i in order])
-
-
-def _dataset(options: argparse.Namespace) -> Any:
-    from torchvision import datasets
-    from torchvision.transforms import v2
-
-    size = list((options.size * 2)[:2])
-    transform = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(size, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(options.mean, options.std),
-        ]
-    )
-    name, _, root = options.data.partition(":")
-    try:
-        if root and hasattr(datasets, name):
-            return getattr(datasets, name)(root, transform=transform)
-        return datasets.ImageFolder(options.data, transform=transform)
-    except (RuntimeError, FileNotFoundError, TypeError) as fault:
-        raise InputError(f"cannot read {options.data}: {str(fault).splitlines()[0]}") from fault
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:  # what torch.load raises depends on where the file is damaged
+        raise InputError(f"{path} is not a state dict of tensors: {in_a_line(fault)}") from fault
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a state dict of tensors: it holds a {type(state).__name__}")
+    return dict(state)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,17 +79,19 @@ def compress(
         The merged network, its trainable student, the plan, the front and all tables.
 
     Raises:
-        TraceError, InputError, NotFiniteError: the model or its inputs cannot be used.
+        TraceError, InputError, NotFiniteError: the model, its inputs or an option cannot be used.
         CalibrationError: the calibration data cannot be used.
         NothingToMergeError: the network holds no convolution.
         BudgetError: no plan meets the budget; carries the fastest latency there is.
     """
     arguments = as_arguments(example_inputs)
     asked = None if exact else _asked_fraction(speedup, fraction, latency_ms)
-    target = target or _target_of(arguments)
-    space = Space.named("exact") if exact else space if isinstance(space, Space) else Space.named(space)
-    with Bars(progress) as bars:
-        graph = trace(model, example_inputs)
+    _check_search(tolerance, corrections)
+    target = _target(target, arguments)
+    space = _space("exact" if exact else space)
+    # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
+    with torch.inference_mode(False), _own_random_numbers(target), Bars(progress) as bars:
+        graph = trace(model, example_inputs, leaves=operators.modules if operators else ())
         batches = () if exact else _calibration(calibration, graph)
         findings = find_segments(graph, operators=operators)
         proposals = _offered(findings, space)
@@ -98,14 +101,15 @@ def compress(
         importance = scorer.score(findings, proposals, batches, progress=bars("importance"))
         candidates = [candidate for proposal in proposals for candidate in proposal.candidates]
         front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
-        search = Search(findings, front, baseline(graph), arguments, target, tolerance, timer)
+        original = baseline(graph, operators=findings.operators)
+        search = Search(findings, front, original, arguments, target, tolerance, timer)
         weights: Mapping[str, Affine] = {}
         if exact:
             plan, measured = search.best_exact()
         else:
             tried = search.within(asked, latency_ms, corrections, bars("budget"))
             plan, measured, weights = search.best_near(tried, asked, latency_ms, scorer, batches, bars("fit"))
-    return build(findings, plan, weights, front, proposals, latency, importance, measured, arguments)
+        return build(findings, plan, weights, front, proposals, latency, importance, measured, arguments)
 
 
 def build(
@@ -129,7 +133,7 @@ def build(
         front=front,
         findings=findings,
         proposals=tuple(proposals),
-        baseline=baseline(findings.graph),
+        baseline=baseline(findings.graph, operators=findings.operators),
         latency=latency,
         importance=importance,
         measured=measured,
@@ -140,8 +144,8 @@ def build(
 
 def build_networks(findings: Findings, plan: Plan, weights: Mapping[str, Affine]) -> tuple[GraphModule, GraphModule]:
     """The student of a plan, and its merged network."""
-    student = linearize(annotate(findings.graph, plan), weights=weights)
-    return student, fuse(student)
+    student = linearize(annotate(findings.graph, plan), weights=weights, operators=findings.operators)
+    return student, fuse(student, operators=findings.operators)
 
 
 def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:
@@ -152,8 +156,10 @@ def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: f
         found = " and ".join(named) or "none"
         raise InputError(f"give one budget, speedup=, fraction= or latency_ms= (or exact=True); found {found}")
     value = given[named[0]]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise InputError(f"{named[0]} must be a positive number, found {value!r}")
+    if not 1e-9 <= value <= 1e12:
+        raise InputError(f"{named[0]} must be between 1e-9 and 1e12, found {value!r:.20}")
     if speedup is not None and speedup < 1:
         raise InputError(f"speedup must be at least 1, found {speedup}: nothing is made slower on request")
     if fraction is not None and fraction > 1:
@@ -161,7 +167,36 @@ def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: f
     return 1 / speedup if speedup is not None else fraction
 
 
-def _target_of(arguments: tuple[Any, ...]) -> Target:
+def _check_search(tolerance: float, corrections: int) -> None:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+        raise InputError(f"tolerance must be a number from 0 on, found {tolerance!r}")
+    if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
+        raise InputError(f"corrections must be a whole number from 0 on, found {corrections!r}")
+
+
+def _space(space: Space | str) -> Space:
+    if isinstance(space, Space):
+        return space
+    try:
+        return Space.named(space)  # type: ignore[arg-type]
+    except (KeyError, TypeError) as fault:
+        names = "joint, composed, activations, layers or exact"
+        raise InputError(f"space must be an fxmerge.Space or one of {names}, found {space!r}") from fault
+
+
+def _own_random_numbers(target: Target) -> AbstractContextManager[Any]:
+    """Put the global generators back afterwards: new layers are initialised with their numbers."""
+    gpus = [target.device] if target.device.startswith("cuda") and torch.cuda.is_available() else []
+    generators: AbstractContextManager[Any] = torch.random.fork_rng(devices=gpus)
+    return generators
+
+
+def _target(given: Target | None, arguments: tuple[Any, ...]) -> Target:
+    """Where to measure: as asked, or where and in which dtype the inputs are."""
+    if isinstance(given, Target):
+        return given
+    if given is not None:
+        raise InputError(f"target must be an fxmerge.Target, such as Target(device='cpu'), found {given!r}")
     first = next((a for a in arguments if isinstance(a, torch.Tensor)), torch.empty(0))
     floating = first.dtype if first.is_floating_point() else torch.float32
     return Target(device=first.device.type, dtype=str(floating).removeprefix("torch."))
@@ -197,7 +232,7 @@ class Search:
 
     def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
         """The folded original and the merged network of a plan, timed in turn."""
-        merged = fuse(linearize(annotate(self.findings.graph, plan)))
+        _, merged = build_networks(self.findings, plan, {})
         modules = [Timed(self.original, self.arguments), Timed(merged, self.arguments)]
         original, found = (self.timer or compare)(modules, target=self.target)
         return original, found

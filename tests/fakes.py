@@ -41,9 +41,16 @@ class PriceTimer:
         module = copy.deepcopy(timed.module).float()
         for part in module.modules():
             part.register_forward_hook(hook)
-        inputs = [torch.zeros(i) if isinstance(i, tuple) else i.float() for i in timed.inputs]
+        inputs = [_as_input(value) for value in timed.inputs]
         with torch.no_grad():
             module(*inputs)
         calls = [node for node in timed.module.graph.nodes if node.op == "call_function"]
         self.asked.append(" ".join(describe_module(m) for m in timed.module.children()))
         return total + ACTIVATION_NS * len(calls)
+
+
+def _as_input(value: object) -> object:
+    """Sizes become images of zeros; what is no tensor stays."""
+    if isinstance(value, tuple) and all(isinstance(size, int) for size in value):
+        return torch.zeros(value, dtype=torch.float32)
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

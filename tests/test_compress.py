@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxmerge
+from fxmerge.algebra.affine import Affine, scaling
+from fxmerge.core.geometry import Geometry
+from fxmerge.operators import Activation, Map, Site, Verdict, channelwise, default_operators
 from fxmerge.testing import assert_equivalent, assert_untouched, snapshot
 from tests.fakes import PriceTimer
 from tests.small import images, network
@@ -91,6 +94,109 @@ def test_training_form_branches_become_one_convolution_exactly() -> None:
     assert_equivalent(model.eval(), result.model, [x])
 
 
+class Gain(nn.Module):
+    """A leaf that scales channels: an operator of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.5, 1.0, 2.0, 3.0, 1.5, 0.1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain[:, None, None]
+
+
+class GainOperator:
+    def verdict(self, site: Site) -> Verdict:
+        return Map(Geometry.identity(site.channels, site.dims))
+
+    def affine(self, site: Site) -> Affine:
+        return scaling(site.module.gain.detach().double(), torch.zeros(site.channels, dtype=torch.float64), site.dims)
+
+    def unpad(self, site: Site) -> None:
+        return
+
+
+def with_gain(*between: nn.Module) -> fx.GraphModule:
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, Gain) or super().is_leaf_module(m, module_qualified_name)
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), *between, nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)]
+    model = nn.Sequential(*layers).double().eval()
+    return fx.GraphModule(model, Leaves().trace(model))
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"space": "composed", "speedup": 1.2}, {"speedup": 1.2}])
+def test_an_operator_of_the_users_is_known_all_the_way(options: dict[str, object]) -> None:
+    x = images(2).double()
+    data = {} if "exact" in options else {"calibration": images(32).double()}
+    table = default_operators().extended(modules={Gain: GainOperator()})
+    result = fxmerge.compress(with_gain(Gain()), x, timer=PriceTimer(), operators=table, **options, **data)  # type: ignore[arg-type]
+    assert result.plan.merges
+    assert not [m for m in (*result.model.modules(), *result.baseline.modules()) if isinstance(m, Gain)]
+    assert_equivalent(result.student, result.model, [x])
+
+
+def test_an_activation_of_the_users_that_is_a_module_is_kept_behind_its_merge() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(2 * x)
+
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, Twice) or super().is_leaf_module(m, module_qualified_name)
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), Twice(), nn.Conv2d(6, 6, 3)).eval()
+    graph = fx.GraphModule(model, Leaves().trace(model))
+    table = default_operators().extended(modules={Twice: channelwise(lambda site: Activation("twice"))})
+    result = fxmerge.compress(graph, images(2), speedup=1.2, calibration=images(32), timer=PriceTimer(), operators=table)
+    assert result.plan.merges
+    assert_equivalent(result.student, result.model, [images(2)])
+
+
+def test_under_inference_mode_the_student_can_still_be_trained() -> None:
+    with torch.inference_mode():
+        result = compressed(1.3)
+    result.student.train()(images(4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in result.student.parameters())
+
+
+def test_the_global_random_numbers_are_not_used_up() -> None:
+    model, before = network(), torch.get_rng_state()
+    fxmerge.compress(model, images(4), speedup=1.3, calibration=images(32), timer=PriceTimer())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:nothing can be merged")
+def test_an_argument_that_is_no_tensor_is_measured_with() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network(blocks=1)
+
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            y: Tensor = self.net(x * factor)
+            return y
+
+    timer = fxmerge.InterleavedTimer(rounds=1, warmup=1, max_runs_per_sample=1)
+    result = fxmerge.compress(Scaled().eval(), (images(2), 2.0), exact=True, timer=timer)
+    assert result.speedup > 0
+
+
+def test_outputs_that_say_nothing_of_single_images_are_named() -> None:
+    model = nn.Sequential(network(), nn.Softmax(0), nn.Flatten(0))
+    with pytest.raises(fxmerge.InputError, match=r"each of the 64 images, .* Found output: float32 \(320,\)"):
+        fxmerge.compress(model, images(4), speedup=1.2, calibration=images(64), timer=PriceTimer())
+
+
+def test_too_little_calibration_data_is_told_with_how_much_would_do() -> None:
+    with pytest.warns(
+        UserWarning, match=r"^1 calibration images are too few: .* times as many weights .* Give at least \d+, better"
+    ):
+        compressed(calibration=images(1))
+
+
 def test_the_report_names_both_networks_and_the_prediction() -> None:
     text = compressed().report()
     for part in ("original, folded", "merged", "predicted", "measured", "Plan:"):
@@ -170,11 +276,35 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
         ({"latency_ms": -1}, "latency_ms must be a positive number, found -1"),
         ({"speedup": math.nan}, "speedup must be a positive number, found nan"),
         ({"speedup": "2x"}, "speedup must be a positive number, found '2x'"),
+        ({"speedup": 10**400}, "speedup must be between 1e-9 and 1e12, found 1000000"),
+        ({"latency_ms": 1e305}, r"latency_ms must be between 1e-9 and 1e12, found 1e\+305"),
+        ({"latency_ms": 1e-320}, "latency_ms must be between 1e-9 and 1e12"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, object], text: str) -> None:
     with pytest.raises(fxmerge.InputError, match=text):
         fxmerge.compress(network(), images(4), calibration=images(8), **budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (
+            {"space": "bogus"},
+            "space must be an fxmerge.Space or one of joint, composed, activations, layers or exact, found 'bogus'",
+        ),
+        ({"space": None}, "space must be an fxmerge.Space or one of .*, found None"),
+        ({"space": ["joint"]}, r"space must be .*, found \['joint'\]"),
+        ({"target": "cpu"}, r"target must be an fxmerge.Target, such as Target\(device='cpu'\), found 'cpu'"),
+        ({"tolerance": math.nan}, "tolerance must be a number from 0 on, found nan"),
+        ({"tolerance": -0.1}, "tolerance must be a number from 0 on, found -0.1"),
+        ({"corrections": 1.5}, "corrections must be a whole number from 0 on, found 1.5"),
+        ({"corrections": -1}, "corrections must be a whole number from 0 on, found -1"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_before_any_work(option: dict[str, object], text: str) -> None:
+    with pytest.raises(fxmerge.InputError, match=text):
+        fxmerge.compress(network(), images(4), calibration=images(8), speedup=1.2, **option)  # type: ignore[arg-type]
 
 
 def test_a_budget_out_of_reach_names_the_fastest_there_is() -> None:

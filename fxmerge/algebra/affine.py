@@ -65,9 +65,9 @@ class Affine:
         return Affine(geometry, weight, second.bias + second._on_constant(self.bias))
 
     def _on_constant(self, value: Tensor) -> Tensor:
-        """What this map, without its bias, makes of an image that is constant over space; (C_in,) -> (C_out,)."""
+        """What this map, without its bias, makes of an image that is constant over space; (C_in, ...) -> (C_out, ...)."""
         sums = self.weight.flatten(2).sum(2).unflatten(0, (self.geometry.groups, -1))
-        return torch.einsum("goi,gi->go", sums, value.view(self.geometry.groups, -1)).flatten()
+        return torch.einsum("goi,gi...->go...", sums, value.unflatten(0, (self.geometry.groups, -1))).flatten(0, 1)
 
     def plus(self, other: Affine) -> Affine:
         """The sum of two maps."""
@@ -173,6 +173,53 @@ def evaluate(expression: Expression, maps: Mapping[str, Affine]) -> Affine:
     return values[-1]
 
 
+@dataclass(frozen=True, eq=False)
+class _Sides:
+    """What is made of each side input so far: by name, a matrix (channels, channels of the side input)."""
+
+    channels: int
+    matrices: Mapping[str, Tensor]
+
+    def combined(self, other: _Sides, how: Callable[[Tensor, Tensor], Tensor], channels: int) -> _Sides:
+        names = dict.fromkeys((*self.matrices, *other.matrices))
+        return _Sides(channels, {name: how(self._of(name, other), other._of(name, self)) for name in names})
+
+    def _of(self, name: str, other: _Sides) -> Tensor:
+        if name in self.matrices:
+            return self.matrices[name]
+        like = other.matrices[name]
+        return like.new_zeros(self.channels, like.shape[1])
+
+
+def evaluate_sides(expression: Expression, maps: Mapping[str, Affine]) -> dict[str, Tensor]:
+    """What an expression makes of the side inputs that are added inside: each passes as a matrix, its image being constant.
+
+    Args:
+        expression: of a segment.
+        maps: for every applied step, by its name, the map with its numbers.
+
+    Returns:
+        By the name of the node that gives the side input, a matrix (C_out, C_side), float64.
+    """
+
+    def apply(step: Step, before: _Sides) -> _Sides:
+        affine = maps[step.name]
+        if step.role != "side":
+            done = {name: affine._on_constant(matrix) for name, matrix in before.matrices.items()}
+            return _Sides(affine.geometry.out_channels, done)
+        added = _Sides(before.channels, {step.side: torch.eye(before.channels, dtype=torch.float64, device=affine.weight.device)})
+        return before.combined(added, torch.add, before.channels)
+
+    values: tuple[_Sides, ...] = expression.fold(
+        entry=lambda step: _Sides(step.geometry.in_channels if step.geometry else 0, {}),
+        apply=apply,
+        add=lambda a, b: a.combined(b, torch.add, a.channels),
+        concat=lambda a, b: a.combined(b, lambda x, y: torch.cat((x, y)), a.channels + b.channels),
+        subtract=lambda a, b: a.combined(b, torch.sub, a.channels),
+    )
+    return dict(values[-1].matrices)
+
+
 def vanishing(expression: Expression, maps: Mapping[str, Affine]) -> tuple[bool, ...]:
     """For every step, whether its tensor is zero outside the image if the entry is, by the numbers.
 
@@ -180,7 +227,8 @@ def vanishing(expression: Expression, maps: Mapping[str, Affine]) -> tuple[bool,
     """
 
     def apply(step: Step, before: Affine | None) -> Affine | None:
-        return before.then(maps[step.name]) if before is not None and maps[step.name].geometry.pointwise else None
+        known = before is not None and step.role != "side" and maps[step.name].geometry.pointwise
+        return before.then(maps[step.name]) if known and before is not None else None
 
     def joined(how: Callable[[Affine, Affine], Affine]) -> Callable[[Affine | None, Affine | None], Affine | None]:
         return lambda a, b: None if a is None or b is None else how(a, b)
@@ -197,6 +245,12 @@ def vanishing(expression: Expression, maps: Mapping[str, Affine]) -> tuple[bool,
 
 def _is_zero(value: Affine) -> bool:
     return bool((value.bias.abs() <= 1e-12 * (1 + value.weight.abs().amax())).all())
+
+
+def pointwise(matrix: Tensor, dims: int) -> Affine:
+    """The same matrix (C_out, C_in) on every pixel."""
+    geometry = Geometry(matrix.shape[1], matrix.shape[0], (Axis(),) * dims)
+    return Affine.of(geometry, matrix.reshape(geometry.weight_shape))
 
 
 def scaling(scale: Tensor, shift: Tensor, dims: int) -> Affine:

@@ -114,7 +114,7 @@ def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool
         for geometry, (_, removed) in prunings(segment).items():
             if removed and _allowed(geometry, space):
                 yield offer("composed", geometry, removed=removed)
-    if space.fitted:
+    if space.fitted and not segment.expression.sides:
         for geometry in _smaller(whole):
             small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
             if small and _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):

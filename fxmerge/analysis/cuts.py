@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
@@ -28,21 +28,26 @@ _SOURCE: Vertex = (None, "out")
 _SINK: Vertex = (None, "in")
 
 
-def region_tree(graph: GraphModule, attaches: Callable[[Node, Node], bool]) -> Unit:
+def region_tree(
+    graph: GraphModule, attaches: Callable[[Node, Node], bool], side: Callable[[Node], Node | None] = lambda node: None
+) -> Unit:
     """The tree of chains and units of a whole graph.
 
     Args:
         graph: traced, with shapes recorded.
         attaches: whether a node (the second) belongs into the unit that ends at the node before it (the first), as a norm and
             an activation belong to their convolution.
+        side: the operand of a node that is only added to all pixels alike, if there is one. It does not keep what it is added
+            to from being a chain; it counts as something that leaves the graph.
 
     Returns:
         A unit named ``""`` that stands for the whole graph; its children are the top-level chains.
     """
     nodes = _dataflow(graph)
-    edges = _edges(nodes)
+    sides = {node: operand for node in nodes if (operand := side(node)) is not None}
+    edges = _edges(nodes, sides)
     chains = [cuts for cuts in _classes(edges, nodes) if len(cuts) > 1]
-    return _Nesting(nodes, chains, attaches).tree()
+    return _Nesting(nodes, sides, chains, attaches).tree()
 
 
 def _dataflow(graph: GraphModule) -> list[Node]:
@@ -59,12 +64,18 @@ def _dataflow(graph: GraphModule) -> list[Node]:
     return [node for node in graph.graph.nodes if node in needed and node in fed]
 
 
-def _edges(nodes: Sequence[Node]) -> list[tuple[Vertex, Vertex]]:
+def _operands(node: Node, sides: Mapping[Node, Node]) -> list[Node]:
+    return [operand for operand in data_operands(node) if operand is not sides.get(node)]
+
+
+def _edges(nodes: Sequence[Node], sides: Mapping[Node, Node]) -> list[tuple[Vertex, Vertex]]:
     """Tensors and uses in graph order; an edge from the sink to the source closes the graph."""
     inside = set(nodes)
     edges: list[tuple[Vertex, Vertex]] = []
     for node in nodes:
-        sources = [operand for operand in data_operands(node) if operand in inside]
+        sources = [operand for operand in _operands(node, sides) if operand in inside]
+        if sides.get(node) in inside:
+            edges.append(((sides[node], "out"), _SINK))
         edges += [((operand, "out"), (node, "in")) for operand in sources]
         if not sources:
             edges.append((_SOURCE, (node, "in")))
@@ -120,7 +131,14 @@ def _labels(edges: Sequence[tuple[Vertex, Vertex]]) -> list[int]:
 class _Nesting:
     """From chains of cuts to a tree: which nodes lie in which unit, and which chain in which unit."""
 
-    def __init__(self, nodes: Sequence[Node], chains: list[list[Node]], attaches: Callable[[Node, Node], bool]) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        sides: Mapping[Node, Node],
+        chains: list[list[Node]],
+        attaches: Callable[[Node, Node], bool],
+    ) -> None:
+        self.sides = sides
         self.position = {node: index for index, node in enumerate(nodes)}
         self.chains, self.attaches = chains, attaches
         self.inside = [self._interiors(cuts) for cuts in chains]
@@ -140,7 +158,7 @@ class _Nesting:
     def _interior(self, entry: Node, end: Node) -> list[Node]:
         seen, waiting = {end}, [end]
         while waiting:
-            for operand in data_operands(waiting.pop()):
+            for operand in _operands(waiting.pop(), self.sides):
                 if operand is not entry and operand in self.position and operand not in seen:
                     seen.add(operand)
                     waiting.append(operand)

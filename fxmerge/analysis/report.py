@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from tabulate import tabulate
 
@@ -10,13 +11,19 @@ from fxmerge.analysis.candidates import propose
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.segment import Proposal, Refusal
-from fxmerge.core.table import ImportanceTable, LatencyTable
+from fxmerge.core.table import ImportanceTable, LatencyTable, Measurement
+from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
 from fxmerge.operators import Activation, Join, Map, Opaque, Verdict
 
+#: What :func:`explain` can print.
+Subject: TypeAlias = (
+    Findings | Plan | ParetoFront | LatencyTable | ImportanceTable | Measurement | Sequence[Proposal] | Sequence[Measurement]
+)
+
 
 def explain(
-    subject: Findings | Plan | ParetoFront | Sequence[Proposal],
+    subject: Subject,
     *,
     latency: LatencyTable | None = None,
     importance: ImportanceTable | None = None,
@@ -24,12 +31,16 @@ def explain(
     """A text with tables about anything that the pipeline makes.
 
     Args:
-        subject: findings (nodes, segments with their candidates, refusals), proposals, a plan, or a front.
+        subject: findings (nodes, segments with their candidates, refusals), proposals, a plan, a front, a table of latencies or
+            importances, or measurements.
         latency: shows what each candidate takes.
         importance: shows what each candidate costs.
 
     Returns:
         Plain text; print it.
+
+    Raises:
+        InputError: it is nothing of these.
     """
     if isinstance(subject, Findings):
         return "\n\n".join((_nodes(subject), _proposals(propose(subject), latency, importance), _refusals(subject.refusals)))
@@ -37,7 +48,28 @@ def explain(
         return _plan(subject, latency, importance)
     if isinstance(subject, ParetoFront):
         return _front(subject)
-    return _proposals(subject, latency, importance)
+    if isinstance(subject, LatencyTable):
+        return _latencies(subject)
+    if isinstance(subject, ImportanceTable):
+        return _importances(subject)
+    return _of_several([subject] if isinstance(subject, Measurement) else subject, latency, importance)
+
+
+def _of_several(subject: object, latency: LatencyTable | None, importance: ImportanceTable | None) -> str:
+    """Proposals, or measurements."""
+    items = subject if isinstance(subject, (tuple, list)) else (subject,)
+    proposals = [item for item in items if isinstance(item, Proposal)]
+    measurements = [item for item in items if isinstance(item, Measurement)]
+    if len(proposals) == len(items):
+        return _proposals(proposals, latency, importance)
+    if len(measurements) == len(items):
+        rows = [(*_timing(m), str(m.target), ", ".join(f"{k} {v}" for k, v in m.versions.items())) for m in measurements]
+        return _table("Measurements", rows, ("ms", "+-", "repeats", "target", "versions"))
+    found = next(type(item).__name__ for item in items if not isinstance(item, (Proposal, Measurement)))
+    raise InputError(
+        f"explain prints findings, proposals, plans, fronts, tables and measurements, found {found}; of a network print its "
+        "code, of weights a geometry"
+    )
 
 
 def _nodes(findings: Findings) -> str:
@@ -101,6 +133,26 @@ def _plan(plan: Plan, latency: LatencyTable | None, importance: ImportanceTable 
     predicted = "" if plan.latency_ns is None else f", {_ms(plan.latency_ns)} ms predicted"
     title = f"Plan: {len(plan.merges)} merges{predicted}, loss {plan.loss:.4g}"
     return _table(title, rows, ("segment", "kind", "one convolution", "activations out", "layers pruned", "ms", "loss"))
+
+
+def _latencies(table: LatencyTable) -> str:
+    """What was timed, and how much of the whole that is."""
+    names: dict[str, list[str]] = {}
+    for kept, group in (("candidate", table.candidates), ("as it is", table.units)):
+        for name, key in group.items():
+            names.setdefault(key, []).append(f"{kept}: {name}")
+    rows = [(*_timing(m), names.get(key, [""])[0], len(names.get(key, ()))) for key, m in table.measurements.items()]
+    title = f"Latencies: {_ms(table.network.median_ns)} ms the whole, {_ms(table.remainder_ns)} ms of it in no entry"
+    return _table(title, rows, ("ms", "+-", "repeats", "first that takes this", "how many"))
+
+
+def _importances(table: ImportanceTable) -> str:
+    rows = [(name, f"{found.loss:.4g}", found.samples, found.scorer) for name, found in table.candidates.items()]
+    return _table("Importances", rows, ("candidate", "loss", "images", "scorer"))
+
+
+def _timing(measurement: Measurement) -> tuple[str, str, int]:
+    return _ms(measurement.median_ns), _ms(measurement.spread_ns // 2), measurement.repeats
 
 
 def _front(front: ParetoFront, most: int = 24) -> str:

@@ -12,7 +12,7 @@ from fxmerge.core.expression import Expression
 from fxmerge.core.region import Chain, Unit
 from fxmerge.core.segment import Reason, Refusal, Segment
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import fingerprint, is_data
+from fxmerge.graph.query import between, fingerprint, is_data
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Verdict, default_operators, read_expression
 
@@ -60,7 +60,9 @@ def find_segments(graph: GraphModule, *, operators: Operators | None = None, max
     require_shapes(graph)
     table = operators or default_operators()
     verdicts = table.verdicts(graph)
-    region = region_tree(graph, lambda before, node: _attaches(verdicts[before], verdicts[node]))
+    region = region_tree(
+        graph, lambda before, node: _attaches(verdicts[before], verdicts[node]), lambda node: _side(verdicts[node])
+    )
     nodes = {node.name: node for node in graph.graph.nodes}
     search = _Search(nodes, {name: index for index, name in enumerate(nodes)}, verdicts, max_units, max_extent)
     segments: list[Segment] = []
@@ -80,6 +82,10 @@ def _attaches(before: Verdict, verdict: Verdict) -> bool:
     if isinstance(verdict, Map):
         return verdict.geometry.pointwise and verdict.geometry.groups == verdict.geometry.in_channels
     return isinstance(verdict, Activation)
+
+
+def _side(verdict: Verdict) -> Node | None:
+    return verdict.side if isinstance(verdict, Map) else None
 
 
 def _chains(unit: Unit) -> Iterator[Chain]:
@@ -125,7 +131,7 @@ class _Search:
         exit_node = self.nodes[inner[-1]]
         entry = self.nodes[entry_name]
         expression = read_expression(entry, [self.nodes[name] for name in inner], self.verdicts)
-        refusal = self._check(expression, exit_node)
+        refusal = self._check(expression, exit_node) or self._check_sides(expression, entry, inner, exit_node)
         if refusal is not None:
             return refusal
         removed = tuple(name for name in inner if isinstance(self.verdicts[self.nodes[name]], Activation))
@@ -165,6 +171,12 @@ class _Search:
             detail = f"{'x'.join(str(a.extent) for a in geometry.axes)} pixels, from {expression.steps[0].name}"
             return self._refusal(exit_node, Reason.TOO_LARGE, detail, "raise max_extent to have it offered")
         return None
+
+    def _check_sides(self, expression: Expression, entry: Node, names: Sequence[str], exit_node: Node) -> Refusal | None:
+        """A side input must not be made of the very tensor that enters."""
+        if not expression.sides or {node.name for node in between(entry, exit_node)} <= set(names):
+            return None
+        return self._refusal(exit_node, Reason.USED_OUTSIDE, f"{expression.sides[0]} is computed from {entry.name}, too", "")
 
     def _refusal(self, node: Node, reason: Reason, detail: str, advice: str) -> Refusal:
         return Refusal(node.name, reason, detail, advice, facts(node).target, facts(node).source)

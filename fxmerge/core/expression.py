@@ -8,7 +8,7 @@ its geometry here, its kernel in :mod:`fxmerge.algebra.affine`, its text in :met
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal, TypeAlias, TypeVar
 
@@ -29,14 +29,17 @@ class Step:
         kind: ``entry`` (no operand), ``apply`` (one map on one operand), ``sum``, ``difference`` or ``concat`` (several operands).
         operands: indices of earlier steps.
         geometry: the map that is applied, or for the entry the identity on its channels; None for the others.
-        role: what is applied: a ``convolution`` may be pruned, a ``norm`` goes with the convolution before it.
+        role: what is applied: a ``convolution`` may be pruned, a ``norm`` goes with the convolution before it, a ``side`` adds a
+            tensor that is constant over space (a time embedding) and comes from elsewhere.
+        side: the name of the node that gives that tensor.
     """
 
     name: str
     kind: Literal["entry", "apply", "sum", "difference", "concat"]
     operands: tuple[int, ...] = ()
     geometry: Geometry | None = None
-    role: Literal["convolution", "norm", "other"] = "other"
+    role: Literal["convolution", "norm", "side", "other"] = "other"
+    side: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,11 @@ class Expression:
     def convolutions(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.role == "convolution")
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The nodes whose tensors, constant over space, are added inside; each once."""
+        return tuple(dict.fromkeys(step.side for step in self.steps if step.side))
+
     def halos(self) -> tuple[Halo, ...]:
         """Extra pixels that each step must deliver, (before, after) on every axis, so that nothing inside needs padding.
 
@@ -138,7 +146,7 @@ class Expression:
                 position[index] = operands[0]
             else:
                 position[index] = len(kept)
-                kept.append(Step(step.name, step.kind, operands, step.geometry, step.role))
+                kept.append(replace(step, operands=operands))
         # Dropping the last step can leave the exit in the middle; nothing behind it is read any more.
         return Expression(tuple(kept[: position[len(self.steps) - 1] + 1]))
 

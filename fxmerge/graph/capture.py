@@ -11,7 +11,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,19 @@ _MORE = ((1, 2), (32, 64))
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]$")
 
 
-def symbolically(model: nn.Module) -> GraphModule:
-    """By torch.fx's symbolic tracing."""
-    tracer = fx.Tracer()
-    tracer.record_stack_traces = True
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: Collection[type[nn.Module]]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self.leaves or super().is_leaf_module(m, module_qualified_name)
+
+
+def symbolically(model: nn.Module, leaves: Collection[type[nn.Module]] = ()) -> GraphModule:
+    """By torch.fx's symbolic tracing; modules of these types stay whole."""
+    tracer = _Tracer(leaves)
     graph = tracer.trace(model)
     return GraphModule(tracer.root, graph, type(model).__name__)
 

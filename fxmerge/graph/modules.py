@@ -64,16 +64,16 @@ class Layers:
 
     def place(self) -> None:
         """Put all layers found into the graph."""
-        for target, module in self._made.items():
-            _take_over(self.graph, target, module)
+        there = {target: _there(self.graph, target) for target in self._made}
         for node, target, operand in self._calls:
             become_module(self.graph, node, target, self._made[target], operand)
+        _erase_unread_constants(self.graph)
+        read = [str(node.target) for node in self.graph.graph.nodes if node.op in ("call_module", "get_attr")]
+        for target, old in there.items():
+            if old is not None:
+                below = [name.removeprefix(f"{target}.") for name in read if name.startswith(f"{target}.")]
+                _take_over(old, self._made[target], below)
         self.graph.graph.eliminate_dead_code(is_impure)
-        read = {str(node.target) for node in self.graph.graph.nodes if node.op in ("call_module", "get_attr")}
-        for target, module in self._made.items():
-            for name, _ in list(module.named_children()):
-                if not any(other.startswith(f"{target}.{name}") for other in read):
-                    delattr(module, name)
 
 
 def _home(node: Node, tensors: Sequence[Node]) -> str | None:
@@ -93,20 +93,30 @@ def _same(there: nn.Module, made: nn.Module) -> bool:
     return alike and describe_module(there) == describe_module(made)
 
 
-def _take_over(graph: GraphModule, target: str, module: nn.Module) -> None:
-    """Buffers and submodules of the module called so far that the new one lacks; they stay in the state dict, and callable."""
+def _there(graph: GraphModule, target: str) -> nn.Module | None:
     try:
-        old = graph.get_submodule(target)
+        return graph.get_submodule(target)
     except AttributeError:
-        return
+        return None
+
+
+def _erase_unread_constants(graph: GraphModule) -> None:
+    for node in reversed(graph.graph.nodes):
+        if not node.users and (node.op == "get_attr" or is_constant(node)):
+            graph.graph.erase_node(node)
+
+
+def _take_over(old: nn.Module, module: nn.Module, read: Sequence[str]) -> None:
+    """Buffers, which stay in the state dict, and whatever else of the module called so far the graph still reads."""
     known = {name for name, _ in (*module.named_buffers(), *module.named_parameters())}
     for name, buffer in old.named_buffers(recurse=False):
-        if name not in known:
+        if name not in known or name == "num_batches_tracked":
             module.register_buffer(name, buffer)
-        elif name == "num_batches_tracked":
-            setattr(module, name, buffer)
+    for name, parameter in old.named_parameters(recurse=False):
+        if name not in known and name in read:
+            module.register_parameter(name, parameter)
     for name, child in old.named_children():
-        if name not in known:
+        if any(other.partition(".")[0] == name for other in read):
             module.add_module(name, child)
 
 

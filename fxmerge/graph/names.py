@@ -50,7 +50,7 @@ def is_layer(node: Node) -> bool:
 
 def rename(graph: GraphModule) -> None:
     """Give every node its name (see the module's text), in place; nodes of unknown origin keep theirs."""
-    renamed = Graph(tracer_cls=graph.graph._tracer_cls)
+    renamed = Graph()
     renamed._codegen = graph.graph._codegen
     if any("nn_module_stack" in node.meta for node in graph.graph.nodes):
         for node in graph.graph.nodes:  # TorchDynamo notes nothing on what stands in the code of the model itself

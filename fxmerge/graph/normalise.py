@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -165,15 +166,21 @@ def _is_identity(node: Node, call: Call) -> bool:
 
 
 def _binary(node: Node, call: Call) -> None:
-    """a + b and its like; the tensor first where the other is a constant."""
+    """a + b and its like; the image first where the other is a constant or is broadcast."""
     values = dict(call.arguments)
     if values.pop("alpha", 1) != 1 or values.keys() != {"input", "other"}:
         return
     first, second = values["input"], values["other"]
-    if call.name in ("add", "mul") and _fixed(first) and not _fixed(second):
+    if call.name in ("add", "mul") and (_fixed(first) or _is_smaller(first, second)) and not _fixed(second):
         first, second = second, first
     if isinstance(first, Node):
         node.op, node.target, node.args, node.kwargs = "call_function", _BINARY[call.name], (first, second), {}
+
+
+def _is_smaller(first: object, second: object) -> bool:
+    """Whether the second is an image that the first is broadcast over."""
+    shapes = [facts(value).shape if isinstance(value, Node) else None for value in (first, second)]
+    return None not in shapes and math.prod(shapes[0] or ()) < math.prod(shapes[1] or ())
 
 
 def _fixed(value: object) -> bool:

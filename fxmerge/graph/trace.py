@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ def trace(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     front_end: Literal["any", "symbolic_trace", "export"] = "any",
+    leaves: Collection[type[nn.Module]] = (),
 ) -> GraphModule:
     """Trace a model, as it is in eval mode, into a GraphModule that owns a copy of its weights.
 
@@ -45,6 +46,7 @@ def trace(
         example_inputs: one tensor, or the tuple of positional arguments. Batch and image size may differ later.
         example_kwargs: keyword arguments for ``forward``.
         front_end: how a module is captured: by torch.fx's symbolic tracing, by torch.export, or by the first that works.
+        leaves: types of modules that stay whole, because an operator of yours reads them; with symbolic tracing only.
 
     Returns:
         A graph in one dialect (:mod:`fxmerge.graph.normalise`), in eval mode, with the shape of every tensor recorded.
@@ -72,7 +74,12 @@ def trace(
         assert isinstance(model, GraphModule)
         graph, free = of_graph(twin, input_sources(model), arguments)
         return _finished(graph, "given", expected, free, keywords)
-    return _of_module(twin, expected, arguments, keywords, front_end)
+    captures = {
+        "symbolic_trace": lambda: symbolically(_copied(twin), leaves),
+        "export": lambda: by_export(_copied(twin), _fresh(arguments), keywords),
+    }
+    wanted = {name: capture for name, capture in captures.items() if front_end in ("any", name)}
+    return _of_module(twin, wanted, expected, arguments, keywords)
 
 
 def _of_program(program: ExportedProgram, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
@@ -85,27 +92,30 @@ def _of_program(program: ExportedProgram, arguments: Sequence[Any], keywords: Ma
 
 
 def _of_module(
-    model: nn.Module, expected: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], front_end: str
+    model: nn.Module,
+    captures: Mapping[str, Callable[[], GraphModule]],
+    expected: Any,
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any],
 ) -> GraphModule:
     """By the first front end whose graph computes what the model does."""
     faults: list[FxMergeError] = []
-    for name in ("symbolic_trace", "export"):
-        if front_end in ("any", name):
-            try:
-                # Both copy what they capture: the first must not leave traces of itself for the second.
-                graph = _captured(name, _copied(model), arguments, keywords)
-                return _finished(graph, name, expected, arguments, keywords)
-            except FxMergeError as fault:
-                log.info("%s: %s", name, fault)
-                faults.append(fault)
+    for name, capture in captures.items():
+        try:
+            return _finished(_captured(model, capture), name, expected, arguments, keywords)
+        except FxMergeError as fault:  # noqa: PERF203 - there are two of them
+            log.info("%s: %s", name, fault)
+            faults.append(fault)
+    if not faults:
+        raise InputError("front_end must be 'any', 'symbolic_trace' or 'export'")
     if len(faults) == 1:
         raise faults[0]
     raise type(faults[0])(f"{faults[0]} torch.export fails too: {_first_line(faults[1])}") from faults[1]
 
 
-def _captured(name: str, model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
+def _captured(model: nn.Module, capture: Callable[[], GraphModule]) -> GraphModule:
     try:
-        return symbolically(model) if name == "symbolic_trace" else by_export(model, _fresh(arguments), keywords)
+        return capture()
     except Exception as fault:
         raise TraceError(
             f"{type(model).__name__} cannot be traced{_user_line(fault)}: {_first_line(fault)}. Control flow that depends on "

@@ -1,4 +1,8 @@
-"""Calibration data: whatever a user iterates over, checked, as batches of positional arguments."""
+"""Calibration data: whatever a user iterates over, checked, as batches of positional arguments.
+
+The example inputs that a graph was traced with say what its arguments are: which were given at all, and which hold one entry for
+every image, as those do that have as many as the images (the argument of most dimensions). All others are one value for all images.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxmerge.errors import CalibrationError
-from fxmerge.graph.meta import facts
+from fxmerge.graph.meta import Facts, facts
 
 #: Positional arguments of the network for one batch.
 Batch = tuple[Any, ...]
@@ -22,32 +26,115 @@ def as_batches(calibration: Any, graph: GraphModule, *, batch_size: int = 128, l
     Args:
         calibration: a tensor (N, ...), or an iterable of tensors, batched or single, or of tuples of a network's inputs, with a
             label behind or not (a DataLoader, a torchvision data set).
-        graph: the traced network; says how many inputs there are and of which shape.
+        graph: the traced network; says how many inputs there are, of which shape and dtype. An argument with a default that the
+            example inputs left out is left out here too.
         batch_size: images a batch.
         limit: how many images to take at most; None for all.
 
     Raises:
-        CalibrationError: not iterable, empty, of the wrong shape, or not finite.
+        CalibrationError: not iterable, empty, of the wrong shape, dtype, device or layout, or not finite.
     """
-    wanted = [facts(node).shape for node in graph.graph.nodes if node.op == "placeholder" and not node.args]
     if not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"calibration must be a tensor of images or an iterable of inputs, found {type(calibration).__name__}"
         )
-    items = [calibration] if isinstance(calibration, Tensor) else calibration
-    gathered: list[list[Tensor]] = [[] for _ in wanted]
-    count = 0
-    for number, item in enumerate(items):
-        arguments = _arguments(item, len(wanted), number)
-        for store, value, shape in zip(gathered, arguments, wanted, strict=True):
-            store.append(_batched(value, shape, number))
-        count += len(gathered[0][-1])
-        if limit is not None and count >= limit:
+    table = _Columns(graph)
+    for number, item in enumerate([calibration] if isinstance(calibration, Tensor) else calibration):
+        table.add(item, number)
+        if limit is not None and table.count >= limit:
             break
-    if not count:
+    if not table.count:
         raise CalibrationError("calibration is empty: give at least one image, better a few hundred")
-    columns = [_joined(store)[:limit] for store in gathered]
-    return tuple(tuple(column[i : i + batch_size] for column in columns) for i in range(0, len(columns[0]), batch_size))
+    return table.batches(batch_size, table.count if limit is None else min(limit, table.count))
+
+
+def images_in(batch: Batch) -> int:
+    """How many images a batch holds: the length of the argument of most dimensions."""
+    return len(max((value for value in batch if isinstance(value, Tensor)), key=Tensor.dim))
+
+
+class _Columns:
+    """What was gathered so far, one column for every argument that the network is given."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.holders: list[Node] = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        self.given = [node for node in self.holders if facts(node).shape is not None or not node.args]
+        shapes = {node: shape for node in self.given if (shape := facts(node).shape)}
+        if not shapes:
+            raise CalibrationError("the network takes no tensor, so there is nothing to calibrate with; exact=True needs no data")
+        self.images = max(shapes, key=lambda node: len(shapes[node]))
+        self.batched = [node for node, shape in shapes.items() if shape[0] == shapes[self.images][0]]
+        self.devices = {parameter.device for parameter in graph.parameters()}
+        self.columns: dict[Node, list[Any]] = {node: [] for node in self.given}
+        self.count = 0
+
+    def add(self, item: Any, number: int) -> None:
+        """Check one item and put each of its values into its column."""
+        values = dict(zip(self.given, _arguments(item, [str(node.target) for node in self.given], number), strict=True))
+        ready = {node: self._ready(node, value, f"calibration item {number}") for node, value in values.items()}
+        lengths = {node.name: len(ready[node]) for node in self.batched}
+        if len(set(lengths.values())) > 1:
+            raise CalibrationError(
+                f"calibration item {number} holds unequal numbers of entries ({lengths}): give one of each for every image, or, "
+                "where an argument is one for all images, trace with another number of images"
+            )
+        for node, value in ready.items():
+            self.columns[node].append(value)
+        self.count += len(ready[self.images])
+
+    def _ready(self, node: Node, value: Any, where: str) -> Any:
+        known = facts(node)
+        if known.shape is None:
+            return value
+        checked = _checked(value, known, self.devices, where)
+        if node in self.batched:
+            return _batched(checked, known.shape, where)
+        return checked
+
+    def batches(self, size: int, count: int) -> tuple[Batch, ...]:
+        """All that was gathered, a few images at a time."""
+        columns = {node: _joined(column) if node in self.batched else _only(column, node) for node, column in self.columns.items()}
+
+        def argument(node: Node, start: int) -> Any:
+            if node not in columns:
+                return node.args[0]
+            return columns[node][start : min(start + size, count)] if node in self.batched else columns[node]
+
+        return tuple(tuple(argument(node, start) for node in self.holders) for start in range(0, count, size))
+
+
+def _arguments(item: Any, names: Sequence[str], number: int) -> Sequence[Any]:
+    values = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, (tuple, list)) else None
+    if values is None:
+        raise CalibrationError(f"calibration item {number} is a {type(item).__name__}; expected a tensor or a tuple of tensors")
+    if len(values) not in (len(names), len(names) + 1):
+        takes = f"the network takes {len(names)}: {', '.join(names)} (a label may follow)"
+        raise CalibrationError(f"calibration item {number} holds {len(values)} values; {takes}")
+    return values[: len(names)]
+
+
+def _checked(value: Any, known: Facts, devices: set[torch.device], where: str) -> Tensor:
+    """A tensor that the network can take, but for its size."""
+    if not isinstance(value, Tensor):
+        raise CalibrationError(f"{where} holds a {type(value).__name__} where the network takes a tensor")
+    if value.layout is not torch.strided or value.is_meta:
+        kind = "on the meta device, without values" if value.is_meta else f"of layout {value.layout}"
+        raise CalibrationError(f"{where} is {kind}: give ordinary tensors")
+    if devices and value.device not in devices:
+        raise CalibrationError(f"{where} is on {value.device}, the network on {', '.join(map(str, devices))}: move one of them")
+    if value.dtype != known.dtype:
+        raise CalibrationError(f"{where} is {value.dtype}; the network was traced with {known.dtype}: convert it with .to()")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise CalibrationError(f"{where} holds NaN or infinity; check the preprocessing")
+    return value
+
+
+def _batched(value: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
+    if value.dim() == len(shape) - 1:
+        value = value.unsqueeze(0)
+    if value.dim() != len(shape) or (len(shape) > 1 and value.shape[1] != shape[1]) or 0 in value.shape[1:]:
+        raise CalibrationError(f"{where} has shape {tuple(value.shape)}; the network was traced with {tuple(shape)}")
+    return value
 
 
 def _joined(store: Sequence[Tensor]) -> Tensor:
@@ -58,28 +145,16 @@ def _joined(store: Sequence[Tensor]) -> Tensor:
         raise CalibrationError(f"calibration images differ in size: {sizes[:4]}; bring them to one size first") from fault
 
 
-def _arguments(item: Any, inputs: int, number: int) -> Sequence[Any]:
-    values = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, (tuple, list)) else None
-    if values is None:
-        raise CalibrationError(f"calibration item {number} is a {type(item).__name__}; expected a tensor or a tuple of tensors")
-    if len(values) not in (inputs, inputs + 1):
-        raise CalibrationError(
-            f"calibration item {number} holds {len(values)} values; the network takes {inputs} (a label may follow)"
-        )
-    return values[:inputs]
+def _only(store: Sequence[Any], node: Node) -> Any:
+    """The value that all items give to an argument that is not batched."""
+    first = store[0]
+    for number, value in enumerate(store):
+        if not _same(first, value):
+            raise CalibrationError(f"calibration item {number} gives {node.target} another value than item 0: it is one for all")
+    return first
 
 
-def _batched(value: Any, shape: tuple[int, ...] | None, number: int) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise CalibrationError(f"calibration item {number} holds a {type(value).__name__} where the network takes a tensor")
-    if shape is not None:
-        if value.dim() == len(shape) - 1:
-            value = value.unsqueeze(0)
-        if value.dim() != len(shape) or (len(shape) > 1 and value.shape[1] != shape[1]):
-            raise CalibrationError(
-                f"calibration item {number} has shape {tuple(value.shape)}; the network was traced with {tuple(shape)}"
-            )
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise CalibrationError(f"calibration item {number} holds NaN or infinity; check the preprocessing")
-    batched: Tensor = value
-    return batched
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other) if not isinstance(one, Tensor) and not isinstance(other, Tensor) else False

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.graph.query import module_of
-from fxmerge.operators import Activation, default_operators
+from fxmerge.operators import Activation, Operators, default_operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,15 @@ class Cost:
     flops: int
 
 
-def cost(graph: GraphModule, inputs: Sequence[Any]) -> Cost:
+def cost(graph: GraphModule, inputs: Sequence[Any], *, operators: Operators | None = None) -> Cost:
     """Count convolutions, activations, parameters and FLOPs of a graph.
 
     Args:
         graph: traced by fxmerge, or a pass's result.
         inputs: of the network; FLOPs are for these, whole batch.
+        operators: says what is an activation; None for the default table.
     """
-    operators = default_operators()
-    verdicts = operators.verdicts(graph).values()
+    verdicts = (operators or default_operators()).verdicts(graph).values()
     convolutions = sum(isinstance(module_of(graph, node), nn.modules.conv._ConvNd) for node in graph.graph.nodes)
     activations = sum(isinstance(verdict, Activation) for verdict in verdicts)
     parameters = sum(p.numel() for p in graph.parameters())

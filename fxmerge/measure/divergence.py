@@ -9,26 +9,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxmerge.errors import InputError
 
-def divergence(reference: Any, changed: Any) -> Tensor:
+
+def divergence(reference: Any, changed: Any, *, images: int | None = None) -> Tensor:
     """Divergence of one batch's outputs, one value for each image; 0 where they agree.
 
     A tensor (N, classes) is taken for logits: the Kullback-Leibler divergence of the changed distribution from the original's,
-    in nats. Any other floating-point tensor contributes its squared error over its squared size. Several outputs are averaged.
+    in nats. Any other floating-point tensor contributes its squared error over its squared size. Several outputs are averaged;
+    those that are no floating-point numbers, or of another length than the batch, say nothing of single images and are left out.
 
     Args:
         reference: what the original returns, any nesting of tensors.
         changed: what the changed network returns, nested alike.
+        images: N; None for the length of the first floating-point output.
 
     Returns:
         float64, (N,).
+
+    Raises:
+        InputError: no output holds floating-point numbers for every image.
     """
-    pairs = [
-        (a, b)
-        for a, b in zip(pytree.tree_leaves(reference), pytree.tree_leaves(changed), strict=True)
-        if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 0
-    ]
-    return torch.stack([_of_one(a.double(), b.double()) for a, b in pairs]).mean(0)
+    named, others = pytree.tree_flatten_with_path(reference)[0], pytree.tree_leaves(changed)
+    pairs = [(a, b) for (_, a), b in zip(named, others, strict=True) if _is_floating(a)]
+    count = images if images is not None or not pairs else len(pairs[0][0])
+    kept = [_of_one(a.double(), b.double()) for a, b in pairs if len(a) == count]
+    if not kept:
+        found = ", ".join(f"output{pytree.keystr(path)}: {_described(leaf)}" for path, leaf in named) or "nothing"
+        raise InputError(
+            f"no output holds floating-point numbers for each of the {count or 0} images, so importance cannot be measured. "
+            f"Found {found}. Return logits or features, or give Reconstruction(divergence=...)"
+        )
+    return torch.stack(kept).mean(0)
+
+
+def _is_floating(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
+
+
+def _described(leaf: object) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
 
 
 def _of_one(reference: Tensor, changed: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ table does not hold can be carried as a constant.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,28 +17,33 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxmerge.algebra.module import convolution, separate_padding
 from fxmerge.analysis.segments import Findings
+from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.region import Unit
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.core.table import LatencyTable, Measurement, Target
+from fxmerge.errors import InputError
 from fxmerge.graph.edit import shape_after
 from fxmerge.graph.extract import extract, signature
-from fxmerge.graph.query import node_named
+from fxmerge.graph.query import module_of, node_named
+from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, compare
+from fxmerge.operators import Operators, default_operators
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 from fxmerge.passes.reuse_memory import ReuseMemory
 
 
-def baseline(graph: GraphModule) -> GraphModule:
+def baseline(graph: GraphModule, *, operators: Operators | None = None) -> GraphModule:
     """The original as it is compared with: batch norms folded, activations in place where the tracer made them functional."""
-    return Sequential((FoldBatchNorm(), ReuseMemory())).apply(graph)
+    table = operators or default_operators()
+    return Sequential((FoldBatchNorm(table), ReuseMemory(table))).apply(graph)
 
 
 def measure_latency(
     findings: Findings,
     proposals: Sequence[Proposal],
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     *,
     target: Target | None = None,
     timer: Timer | None = None,
@@ -48,7 +54,7 @@ def measure_latency(
     Args:
         findings: segments of the traced graph.
         proposals: candidates to measure.
-        example_inputs: the network's inputs, of the batch and image size to measure for: those the graph was traced with.
+        example_inputs: a tensor, or the tuple of arguments, of the batch and image size to measure for: those of the trace.
         target: device, dtype, layout, back end, threads; None for the CPU as it is.
         timer: what measures, single modules and the whole; None for :class:`InterleavedTimer` and :func:`compare`.
         progress: called with (done, total) measurements.
@@ -58,20 +64,27 @@ def measure_latency(
     """
     target = target or Target()
     work: dict[str, Timed | None] = {}
-    folded = baseline(findings.graph)
+    network = baseline(findings.graph, operators=findings.operators)
+    folded = _parts(findings)
     candidates: dict[str, str] = {}
     for proposal in proposals:
         for candidate in proposal.candidates:
-            candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate))
+            candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, proposal.segment.expression.sides))
     units: dict[str, str] = {}
     for unit, nodes in _replaceable_units(folded, findings.region, proposals):
         units[unit.end] = _enter(work, *extract(folded, nodes))
     keys = [key for key, timed in work.items() if timed is not None]
     found = (timer or InterleavedTimer())([work[key] for key in keys], target=target, progress=progress)  # type: ignore[misc]
-    network = (timer or compare)([Timed(folded, tuple(example_inputs))], target=target)[0]
+    whole = (timer or compare)([Timed(network, as_arguments(example_inputs))], target=target)[0]
     measurements = dict(zip(keys, found, strict=True))
-    nothing = Measurement(0, 0, 0, target, network.versions)
-    return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, network)
+    nothing = Measurement(0, 0, 0, target, whole.versions)
+    return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, whole)
+
+
+def _parts(findings: Findings) -> GraphModule:
+    """The baseline with every tensor in it that enters a segment."""
+    entries = frozenset(segment.entry for segment in findings.segments)
+    return Sequential((FoldBatchNorm(findings.operators, entries), ReuseMemory(findings.operators))).apply(findings.graph)
 
 
 def _enter(work: dict[str, Timed | None], part: GraphModule, shapes: tuple[tuple[int, ...], ...]) -> str:
@@ -82,11 +95,13 @@ def _enter(work: dict[str, Timed | None], part: GraphModule, shapes: tuple[tuple
     return key
 
 
-def _candidate_module(graph: GraphModule, candidate: Candidate) -> tuple[GraphModule, tuple[tuple[int, ...], ...]]:
-    """What stands in the network when the candidate is taken: the convolution, and the activation it keeps."""
+def _candidate_module(
+    graph: GraphModule, candidate: Candidate, sides: Sequence[str]
+) -> tuple[GraphModule, tuple[tuple[int, ...], ...]]:
+    """What stands in the network when the candidate is taken: the convolution, its side inputs, the activation it keeps."""
     entry = node_named(graph, candidate.entry)
     assert entry is not None
-    part = Graph()
+    part, shapes = Graph(), [shape_after(entry)]
     last = part.placeholder("x")
     modules: dict[str, nn.Module] = {}
     if candidate.kind != "identity":
@@ -95,13 +110,29 @@ def _candidate_module(graph: GraphModule, candidate: Candidate) -> tuple[GraphMo
             last = part.call_function(F.pad, (last, amounts))
         modules["convolution"] = convolution(candidate.geometry, device="cpu")
         last = part.call_module("convolution", (last,))
+        added = [named for name in sides if (named := node_named(graph, name)) is not None]
+        for number, side in enumerate(added):
+            shapes.append(shape_after(side))
+            modules[f"side_{number}"] = _matrix(shapes[-1], candidate.geometry.out_channels)
+            term = part.call_module(f"side_{number}", (part.placeholder(f"s{number}"),))
+            last = part.call_function(operator.add, (last, term))
     for node in _kept_activations(graph, candidate):
         if candidate.kind == "identity" and node.target is entry.target and node.target in IDEMPOTENT:
             continue
         operand = last
         last = part.node_copy(node, lambda _, operand=operand: operand)  # type: ignore[misc]
+        module = module_of(graph, node)
+        if module is not None:
+            last.target = f"kept.{len(modules)}"
+            modules[last.target] = module
     part.output(last)
-    return GraphModule(modules, part), (shape_after(entry),)
+    return GraphModule(modules, part), tuple(shapes)
+
+
+def _matrix(shape: tuple[int, ...], out_channels: int) -> nn.Module:
+    """What a side input of this shape is multiplied by."""
+    geometry = Geometry(shape[1], out_channels, (Axis(),) * (len(shape) - 2))
+    return convolution(geometry, bias=False, device="cpu")
 
 
 def _kept_activations(graph: GraphModule, candidate: Candidate) -> list[Node]:
@@ -124,7 +155,11 @@ def _replaceable_units(graph: GraphModule, region: Unit, proposals: Sequence[Pro
 
 
 def worthwhile(proposals: Sequence[Proposal], table: LatencyTable, region: Unit) -> tuple[Proposal, ...]:
-    """The candidates that are faster than leaving their stretch alone; no other can be in a best plan."""
+    """The candidates that are faster than leaving their stretch alone; no other can be in a best plan.
+
+    Raises:
+        InputError: the table is not of these candidates, or they are not of this region.
+    """
     alone: dict[tuple[str, str], int] = {}
     for unit in region.walk():
         for chain in unit.children:
@@ -134,7 +169,11 @@ def worthwhile(proposals: Sequence[Proposal], table: LatencyTable, region: Unit)
                     alone[chain.cuts[start], chain.cuts[stop]] = sum(costs[start:stop])
     kept = []
     for proposal in proposals:
-        limit = alone[proposal.segment.entry, proposal.segment.end]
+        limit = alone.get((proposal.segment.entry, proposal.segment.end))
+        missing = [c.id for c in proposal.candidates if c.id not in table.candidates]
+        if limit is None or missing:
+            what = f"the table has no latency of {missing[0]}" if missing else f"the region has no stretch {proposal.segment}"
+            raise InputError(f"{what}: proposals, table and region must come from one find_segments() and its measure_latency()")
         faster = tuple(c for c in proposal.candidates if table.candidate_ns(c.id) < limit)
         if faster:
             kept.append(Proposal(proposal.segment, faster))

@@ -8,25 +8,28 @@ of a group of entries, one for their normal equations and one for their scores; 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from fxmerge.algebra.affine import Affine, evaluate
+from fxmerge.algebra.affine import Affine, evaluate, evaluate_sides
 from fxmerge.algebra.least_squares import NormalEquations, covering, unknowns
 from fxmerge.analysis.segments import Findings
+from fxmerge.core.expression import Expression
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal, Segment
 from fxmerge.core.table import Importance, ImportanceTable
-from fxmerge.errors import CalibrationError
+from fxmerge.errors import CalibrationError, PlanMismatchError
 from fxmerge.graph.query import node_named
-from fxmerge.measure.calibration import Batch, as_batches
+from fxmerge.measure.calibration import Batch, as_batches, images_in
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.operators import read_maps
@@ -46,7 +49,7 @@ class Reconstruction:
         ridge: of the least squares, relative to the mean of the Gram matrix's diagonal.
         rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
         least_rows: at least so many positions.
-        divergence: of a batch's outputs, one value for each image.
+        divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
         memory_bytes: bound on what the normal equations of one group of entries take together.
@@ -56,7 +59,7 @@ class Reconstruction:
     ridge: float = 1e-4
     rows_per_unknown: int = 16
     least_rows: int = 16384
-    divergence: Divergence = divergence
+    divergence: Divergence | None = None
     score_images: int = 256
     hopeless: float = 1.0
     memory_bytes: int = 2 << 30
@@ -79,7 +82,11 @@ class Reconstruction:
             progress: called with (done, total) candidates.
 
         Raises:
-            CalibrationError: the network gives NaN or infinity on the calibration inputs.
+            CalibrationError: the network rejects the calibration inputs, or gives NaN or infinity on them.
+            InputError: its outputs say nothing of single images.
+
+        Warns:
+            UserWarning: there is less data than there are weights to fit; the losses come out too low.
         """
         work = _Work(self, findings, batches)
         total = sum(len(proposal.candidates) for proposal in proposals)
@@ -89,6 +96,7 @@ class Reconstruction:
             scores.update(work.scores(group, maps))
             if progress is not None:
                 progress(len(scores), total)
+        work.warn_if_starved()
         return ImportanceTable(scores)
 
     def fit(
@@ -101,17 +109,19 @@ class Reconstruction:
 
         Returns:
             By candidate id, the map in float64.
+
+        Raises:
+            PlanMismatchError: the plan was made for another graph, or with other limits.
         """
         work = _Work(self, findings, batches)
-        segments = {(s.entry, s.end): s for s in findings.segments}
-        taken: dict[str, tuple[str, Replacement]] = {}
+        segments = work.segments_of(plan)
+        taken: dict[str, Replacement] = {}
         weights: dict[str, Affine] = {}
         for number, merge in enumerate(plan.merges):
-            segment = segments[merge.entry, merge.end]
             if merge.kind == "fitted":
                 weights[merge.id] = work.refit(merge, taken)
-            affine = weights.get(merge.id) or work.composed(segment, merge)
-            taken[merge.exit] = (merge.entry, work.replacement(merge, affine))
+            affine = weights.get(merge.id) or work.composed(segments[merge.id], merge)
+            taken[merge.exit] = work.replacement(segments[merge.id], merge, affine)
             if progress is not None:
                 progress(number + 1, len(plan.merges))
         return weights
@@ -136,12 +146,44 @@ class _Work:
     batches: Sequence[Batch]
     folded: GraphModule = field(init=False)
     replay: Replay = field(init=False)
+    starved: list[tuple[float, Candidate]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folded = FoldBatchNorm(self.findings.operators)(self.findings.graph).graph_module
+        entries = frozenset(segment.entry for segment in self.findings.segments)
+        self.folded = FoldBatchNorm(self.findings.operators, entries).apply(self.findings.graph)
         self.replay = Replay(self.folded)
         empty = torch.empty(0)
         self.like: Tensor = next((p for p in self.folded.parameters() if p.is_floating_point()), empty)
+
+    def original(self, batch: Batch, *, last: str | None = None) -> dict[Node, Any]:
+        """The values of the original network, up to a node or all."""
+        try:
+            return self.replay.values(batch, last=last)
+        except Exception as fault:
+            sizes = ", ".join(str(tuple(value.shape)) for value in batch if isinstance(value, Tensor))
+            text = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise CalibrationError(
+                f"the network rejects calibration inputs of size {sizes}: {text}. Give images of the size it was traced with"
+            ) from fault
+
+    def divergence(self, reference: Any, changed: Any, images: int) -> float:
+        """Summed over the images of a batch."""
+        measure = self.options.divergence or partial(divergence, images=images)
+        return float(measure(reference, changed).sum())
+
+    def segments_of(self, plan: Plan) -> dict[str, Segment]:
+        """The segment that each merge of a plan is made of, by the merge's id."""
+        if plan.fingerprint != self.findings.fingerprint:
+            raise PlanMismatchError("this plan was made for another graph than these findings: search the graph it was made for")
+        found = {(s.entry, s.end): s for s in self.findings.segments}
+        missing = next((merge for merge in plan.merges if (merge.entry, merge.end) not in found), None)
+        if missing is not None:
+            raise PlanMismatchError(
+                f"these findings hold no segment {missing.entry} -> {missing.end} for the merge {missing.id}: give find_segments "
+                "the max_units and max_extent that the plan was made with",
+                node=missing.exit,
+            )
+        return {merge.id: found[merge.entry, merge.end] for merge in plan.merges}
 
     def groups(self, proposals: Sequence[Proposal]) -> Iterator[list[Proposal]]:
         """Proposals in their order, as many at a time as the memory limit allows."""
@@ -170,12 +212,24 @@ class _Work:
         """Weights for every candidate that has any."""
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
         equations = self._equations(fitted, {})
+        self.starved += [(unknowns(c.geometry) / max(1, equations[_key(c)].rows), c) for c in fitted]
         maps = {c.id: equations[_key(c)].solve(c.exit, c.geometry, ridge=self.options.ridge) for c in fitted}
         for proposal in proposals:
             maps.update({c.id: self.composed(proposal.segment, c) for c in proposal.candidates if c.kind == "composed"})
         return maps
 
-    def _equations(self, fitted: Sequence[Candidate], taken: Mapping[str, tuple[str, Replacement]]) -> dict[_Key, NormalEquations]:
+    def warn_if_starved(self) -> None:
+        """Warn where a filter has more weights than the data has positions: it can fit them by heart."""
+        ratio, worst = max(self.starved, key=lambda entry: entry[0], default=(0.0, None))
+        if worst is not None and ratio > 1:
+            images = sum(map(images_in, self.batches))
+            warnings.warn(
+                f"{images} calibration images are too few: {worst.id} has {ratio:.1f} times as many weights a filter as they have "
+                f"positions, so losses come out too low. Give at least {math.ceil(images * ratio)}, better ten times that",
+                stacklevel=3,
+            )
+
+    def _equations(self, fitted: Sequence[Candidate], taken: Mapping[str, Replacement]) -> dict[_Key, NormalEquations]:
         """Normal equations for these candidates; ``taken`` are the merges already made in the student."""
         shared: dict[_Key, list[Candidate]] = {}
         for candidate in fitted:
@@ -187,7 +241,7 @@ class _Work:
         only = fitted[0] if len(fitted) == 1 else None
         for batch in self.batches if fitted else ():
             with torch.inference_mode():
-                original = self.replay.values(batch, last=only.exit if only else None)
+                original = self.original(batch, last=only.exit if only else None)
                 student = self.replay.values(batch, replaced=taken, last=only.entry) if taken and only else original
                 for key, members in shared.items():
                     x = student[self.replay.named[key[0]]]
@@ -201,7 +255,7 @@ class _Work:
     def _positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
         there = x.shape[0] * math.prod(y.shape[2:])
         wanted = max(self.options.least_rows, self.options.rows_per_unknown * unknowns(geometry))
-        share = math.ceil(wanted * x.shape[0] / sum(len(batch[0]) for batch in self.batches))
+        share = math.ceil(wanted * x.shape[0] / sum(map(images_in, self.batches)))
         if share >= there:
             return None
         return torch.randperm(there, generator=generator)[:share].to(x.device)
@@ -211,29 +265,44 @@ class _Work:
         if candidate.kind == "identity":
             return Affine.identity(candidate.geometry.in_channels, len(candidate.geometry.axes))
         expression = segment.expression.without(candidate.removed)
+        return evaluate(expression, self._maps(expression))
+
+    def _maps(self, expression: Expression) -> dict[str, Affine]:
         graph = self.findings.graph
         nodes = [node for step in expression.steps[1:] if (node := node_named(graph, step.name)) is not None]
-        table = self.findings.operators
-        return evaluate(expression, read_maps(graph, nodes, self.findings.verdicts, table))
+        return read_maps(graph, nodes, self.findings.verdicts, self.findings.operators)
 
-    def replacement(self, candidate: Candidate, affine: Affine) -> Replacement:
-        """What the candidate computes from its entry, in the network's own dtype."""
+    def replacement(self, segment: Segment, candidate: Candidate, affine: Affine) -> Replacement:
+        """What the candidate computes from its entry and its side inputs, in the network's own dtype."""
         if candidate.kind == "identity":
-            return lambda x: x
+            return (candidate.entry,), lambda x: x
+        convolve = self._convolution(affine)
+        if not segment.expression.sides:
+            return (candidate.entry,), convolve
+        expression = segment.expression.without(candidate.removed)
+        matrices = evaluate_sides(expression, self._maps(expression))
+
+        def with_sides(x: Tensor, *sides: Tensor) -> Tensor:
+            terms = zip(matrices.values(), sides, strict=True)
+            return sum((torch.einsum("oi,ni...->no...", matrix.to(s), s) for matrix, s in terms), start=convolve(x))
+
+        return (candidate.entry, *matrices), with_sides
+
+    def _convolution(self, affine: Affine) -> Callable[[Tensor], Tensor]:
         geometry = affine.geometry
         amounts = [amount for pair in reversed(geometry.padding) for amount in pair]
         convolve = _CONVOLVE[len(geometry.axes)]
 
-        def replacement(x: Tensor) -> Tensor:
+        def convolved(x: Tensor) -> Tensor:
             weight, bias = affine.weight.to(x), affine.bias.to(x)
             result: Tensor = convolve(
                 F.pad(x, amounts), weight, bias, geometry.stride, dilation=geometry.dilation, groups=geometry.groups
             )
             return result
 
-        return replacement
+        return convolved
 
-    def refit(self, merge: Candidate, taken: Mapping[str, tuple[str, Replacement]]) -> Affine:
+    def refit(self, merge: Candidate, taken: Mapping[str, Replacement]) -> Affine:
         """Weights for one merge inside the student made so far."""
         equations = self._equations([merge], taken)[_key(merge)]
         return equations.solve(merge.exit, merge.geometry, ridge=self.options.ridge)
@@ -249,14 +318,14 @@ class _Work:
             for batch in self.batches:
                 if images >= self.options.score_images:
                     break
-                env = self.replay.values(batch)
+                env = self.original(batch)
                 reference = env[self.replay.output]
-                images += len(batch[0])
+                images += images_in(batch)
                 for name, (candidate, affine) in list(pending.items()):
                     affine = affine or self.composed(segments[name], candidate)
-                    value = self.replacement(candidate, affine)(env[self.replay.named[candidate.entry]])
+                    value = self.replay.computed(self.replacement(segments[name], candidate, affine), env)
                     changed = self.replay.output_with(env, candidate.exit, value)
-                    sums[name] += float(self.options.divergence(reference, changed).sum())
+                    sums[name] += self.divergence(reference, changed, images_in(batch))
                     if not sums[name] / images <= self.options.hopeless:
                         scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
                         del pending[name]
@@ -266,18 +335,18 @@ class _Work:
 
     def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
         """How far the output moves when all merges of a plan are made."""
-        segments = {(s.entry, s.end): s for s in self.findings.segments}
+        segments = self.segments_of(plan)
         taken = {}
         for merge in plan.merges:
-            affine = weights.get(merge.id) or self.composed(segments[merge.entry, merge.end], merge)
-            taken[merge.exit] = (merge.entry, self.replacement(merge, affine))
+            affine = weights.get(merge.id) or self.composed(segments[merge.id], merge)
+            taken[merge.exit] = self.replacement(segments[merge.id], merge, affine)
         total, images = 0.0, 0
         with torch.inference_mode():
             for batch in self.batches:
-                reference = self.replay.values(batch)[self.replay.output]
+                reference = self.original(batch)[self.replay.output]
                 changed = self.replay.values(batch, replaced=taken)[self.replay.output]
-                total += float(self.options.divergence(reference, changed).sum())
-                images += len(batch[0])
+                total += self.divergence(reference, changed, images_in(batch))
+                images += images_in(batch)
         return _sane(total / images)
 
 
@@ -339,6 +408,7 @@ def fit(
 
     Raises:
         CalibrationError: the calibration data cannot be used.
+        PlanMismatchError: the plan was made for another graph, or with other limits.
     """
     batches = as_batches(calibration, findings.graph)
     return (scorer or Reconstruction()).fit(findings, plan, batches, progress=progress)

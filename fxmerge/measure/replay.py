@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Node
@@ -11,8 +11,8 @@ from torch.fx.node import map_arg
 
 from fxmerge.graph.query import node_named
 
-#: What a replaced stretch computes from its entry.
-Replacement = Callable[[torch.Tensor], torch.Tensor]
+#: The names of the tensors that a replaced stretch reads, its entry first, and what it computes from them.
+Replacement: TypeAlias = tuple[tuple[str, ...], Callable[..., torch.Tensor]]
 
 
 class Replay:
@@ -28,16 +28,16 @@ class Replay:
         self.named = {node.name: node for node in self.nodes}
         self.output = self.nodes[-1]
         self._below: dict[Node, tuple[Node, ...]] = {}
-        self._modules = dict(graph.named_modules())
+        self._modules = dict(graph.named_modules(remove_duplicate=False))
 
     def values(
-        self, arguments: Sequence[Any], *, replaced: Mapping[str, tuple[str, Replacement]] | None = None, last: str | None = None
+        self, arguments: Sequence[Any], *, replaced: Mapping[str, Replacement] | None = None, last: str | None = None
     ) -> dict[Node, Any]:
         """The value of every node, up to and including ``last``.
 
         Args:
             arguments: the network's inputs.
-            replaced: exit name -> (entry name, what to compute from the entry instead).
+            replaced: exit name -> what to compute instead.
             last: name of the node to stop at; None for the whole network.
         """
         env: dict[Node, Any] = {}
@@ -51,15 +51,14 @@ class Replay:
             elif needed is not None and node not in needed:
                 continue
             elif node.name in replaced:
-                entry, function = replaced[node.name]
-                env[node] = function(env[self.named[entry]])
+                env[node] = self.computed(replaced[node.name], env)
             else:
                 env[node] = self._run(node, env)
             if node is stop:
                 break
         return env
 
-    def _needed(self, stop: Node | None, replaced: Mapping[str, tuple[str, Replacement]]) -> set[Node]:
+    def _needed(self, stop: Node | None, replaced: Mapping[str, Replacement]) -> set[Node]:
         """Nodes that the stop (or the output) depends on when replaced exits read their entries only."""
         needed: set[Node] = set()
         waiting = [stop if stop is not None else self.output]
@@ -68,8 +67,14 @@ class Replay:
             if node in needed:
                 continue
             needed.add(node)
-            waiting.extend([self.named[replaced[node.name][0]]] if node.name in replaced else node.all_input_nodes)
+            inputs = replaced[node.name][0] if node.name in replaced else ()
+            waiting.extend([self.named[name] for name in inputs] or node.all_input_nodes)
         return needed
+
+    def computed(self, replacement: Replacement, env: Mapping[Node, Any]) -> torch.Tensor:
+        """What a replacement makes of stored tensors."""
+        names, function = replacement
+        return function(*(env[self.named[name]] for name in names))
 
     def output_with(self, env: Mapping[Node, Any], changed: str, value: torch.Tensor) -> Any:
         """The network's output when one node's value is another, all it does not depend on as stored."""

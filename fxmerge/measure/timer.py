@@ -34,17 +34,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import InputError, MeasurementError
 
 Run = Callable[..., object]
 Progress = Callable[[int, int], None]
-Inputs = tuple[torch.Tensor, ...]
+Inputs = tuple[Any, ...]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -55,11 +56,12 @@ class Timed:
 
     Args:
         module: any module; it is not changed.
-        inputs: for each argument a tensor, of which every run gets a copy, or a shape, for which the timer draws noise.
+        inputs: for each argument a tensor, of which every run gets a copy; a shape, for which the timer draws noise; or anything
+            else, given as it is, tensors inside copied.
     """
 
     module: nn.Module
-    inputs: tuple[torch.Tensor | tuple[int, ...], ...]
+    inputs: Inputs
 
 
 class Timer(Protocol):
@@ -220,16 +222,15 @@ class _Bench:
             subject.run(*inputs[0])
             return self.timer.clock() - start
 
-    def _source(self, given: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
-        if isinstance(given, torch.Tensor):
+    def _source(self, given: object) -> object:
+        if not _is_shape(given):
             return given
         strides = _laid_out(torch.empty(given, device="meta"), self.target).stride()
         return self.noise.as_strided(given, strides)
 
     def _captured(self, run: Run, sources: Inputs) -> tuple[Run, Callable[[], Inputs]]:
         """A CUDA graph of the run, and the filling of its inputs, which all graphs with such inputs share."""
-        keys = [(place, s.shape, s.stride(), s.dtype) for place, s in enumerate(sources)]
-        statics = tuple(self.held.setdefault(key, s.clone()) for key, s in zip(keys, sources, strict=True))
+        statics = tuple(self._static(place, source) for place, source in enumerate(sources))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -238,19 +239,38 @@ class _Bench:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run(*statics)
-        return lambda *_: graph.replay(), lambda: tuple(t.copy_(s) for t, s in zip(statics, sources, strict=True))
+        return lambda *_: graph.replay(), lambda: tuple(map(_refilled, statics, sources))
+
+    def _static(self, place: int, source: Any) -> Any:
+        if not isinstance(source, torch.Tensor):
+            return source
+        return self.held.setdefault((place, source.shape, source.stride(), source.dtype), source.clone())
+
+
+def _refilled(static: Any, source: Any) -> Any:
+    return static.copy_(source) if isinstance(static, torch.Tensor) else static
+
+
+def _is_shape(given: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(given, tuple) and all(isinstance(size, int) for size in given)
 
 
 def _noise(modules: Sequence[Timed], target: Target, seed: int) -> torch.Tensor:
     """Standard normal numbers, as many as the largest shape needs: no denormals, which are slow."""
-    shapes = [given for timed in modules for given in timed.inputs if not isinstance(given, torch.Tensor)]
+    shapes = [given for timed in modules for given in timed.inputs if _is_shape(given)]
     count = max(map(math.prod, shapes), default=0)
     noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     return noise.to(target.device, DTYPES[target.dtype])
 
 
 def _copies(sources: Inputs) -> Callable[[], Inputs]:
-    return lambda: tuple(source.clone() for source in sources)
+    return lambda: _each_tensor(torch.Tensor.clone, sources)
+
+
+def _each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs) -> Inputs:
+    """The inputs with every tensor in them, lists and the like gone into, put through a function."""
+    mapped: Inputs = pytree.tree_map_only(torch.Tensor, function, inputs)
+    return mapped
 
 
 def _gpu_ns(run: Run, inputs: Sequence[Inputs]) -> int:
@@ -294,7 +314,7 @@ def prepare(module: nn.Module, inputs: Inputs, target: Target) -> tuple[Run, Inp
     """
     with _settings(target):
         ready = _converted(module, target)
-        moved = tuple(_moved(tensor, target) for tensor in inputs)
+        moved = _each_tensor(lambda tensor: _moved(tensor, target), inputs)
         return (ready if target.backend == "eager" else _compiled(ready, moved, target.backend)), moved
 
 
@@ -356,7 +376,7 @@ def _converted(module: nn.Module, target: Target) -> nn.Module:
 
 
 def _compiled(module: nn.Module, inputs: Inputs, backend: str) -> Run:
-    def forward(*given: torch.Tensor) -> object:
+    def forward(*given: Any) -> object:
         return module(*given)
 
     # Dynamo counts recompilations by code object and gives up after 8, so every module gets a code object of its own.
@@ -364,7 +384,7 @@ def _compiled(module: nn.Module, inputs: Inputs, backend: str) -> Run:
     run: Run = torch.compile(forward, backend=backend, dynamic=False)
     # Freezing is looked up while tracing, that is on the first call: an option of torch.compile would come too late.
     with torch._inductor.config.patch(freezing=True) if backend == "inductor" else nullcontext():
-        run(*(tensor.clone() for tensor in inputs))
+        run(*_copies(inputs)())
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +21,18 @@ from fxmerge.operators.base import Join, Map, Opaque, Site, Verdict
 
 
 class Arithmetic:
-    """x + c, x - c, x * c, x / c for a constant c, one number or one for each channel; x + y and x - y for two images."""
+    """x + c, x - c, x * c, x / c for a constant c, one number or one for each channel; x + y and x - y for two images.
+
+    And x + s for a tensor s that is constant over space: (N, C, 1, 1), or (1, C, 1, 1).
+    """
 
     def verdict(self, site: Site) -> Verdict:
         args = site.node.args
         if len(args) != 2 or site.operand is None:
             return Opaque(detail="arithmetic on something that is no image")
         other = args[1]
+        if _is_side(site):
+            return Map(self._geometry(site), "side", other)  # type: ignore[arg-type]
         if isinstance(other, Node) and is_tensor(other):
             return self._of_two(site, site.operand, other)
         if self._constant(site) is None:
@@ -34,6 +40,8 @@ class Arithmetic:
         return Map(self._geometry(site))
 
     def affine(self, site: Site) -> Affine:
+        if _is_side(site):
+            return scaling(torch.ones(site.channels), torch.zeros(site.channels), site.dims)
         constant = self._constant(site)
         assert constant is not None
         one, nothing = torch.ones_like(constant), torch.zeros_like(constant)
@@ -70,6 +78,16 @@ class Arithmetic:
             return tensor.reshape(1).expand(site.channels)
         for_channels = tuple(tensor.shape[-site.dims - 1 :]) == (site.channels, *(1,) * site.dims)
         return tensor.reshape(-1) if for_channels and tensor.numel() == site.channels else None
+
+
+def _is_side(site: Site) -> bool:
+    """Whether the second operand is no parameter, and one value for each channel of the first, an image."""
+    other = site.node.args[1]
+    if site.node.target is not operator.add or not isinstance(other, Node) or not is_tensor(other):
+        return False
+    image, side = site.operand_shape, facts(other).shape or ()
+    batch = side[0] in (1, image[0]) if side else False
+    return batch and len(image) > 2 and math.prod(image[2:]) > 1 and side[1:] == (image[1], *(1,) * site.dims)
 
 
 def _scale(target: object, constant: Tensor) -> Tensor:

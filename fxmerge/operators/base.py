@@ -24,10 +24,17 @@ from fxmerge.graph.query import has_hooks, is_tensor, module_of, shared_modules
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """An affine map of one operand, the node's first argument."""
+    """An affine map of one operand, the node's first argument.
+
+    Args:
+        geometry: sizes.
+        role: a ``side`` adds a tensor that is constant over space.
+        side: the node that gives that tensor.
+    """
 
     geometry: Geometry
-    role: Literal["convolution", "norm", "other"] = "other"
+    role: Literal["convolution", "norm", "side", "other"] = "other"
+    side: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)

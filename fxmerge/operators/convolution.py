@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -102,7 +101,8 @@ class AveragePool:
 
 def sharing_copy(module: nn.Module) -> nn.Module:
     """A second module with the same parameters, whose settings and parameter slots are its own."""
-    twin = copy.copy(module)
+    twin = type(module).__new__(type(module))  # copy.copy refuses parametrized modules
+    twin.__dict__.update(module.__dict__)
     for slot in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[slot] = dict(module.__dict__[slot])
     return twin

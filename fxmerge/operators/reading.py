@@ -29,7 +29,8 @@ def read_expression(entry: Node, nodes: Sequence[Node], verdicts: Mapping[Node, 
         if isinstance(verdict, Join):
             steps.append(Step(node.name, verdict.kind, tuple(index[operand] for operand in verdict.operands)))
         elif isinstance(verdict, Map):
-            steps.append(Step(node.name, "apply", (index[_first(node)],), verdict.geometry, verdict.role))
+            side = verdict.side.name if verdict.side is not None else ""
+            steps.append(Step(node.name, "apply", (index[_first(node)],), verdict.geometry, verdict.role, side))
         elif isinstance(verdict, Activation):
             index[node] = index[_first(node)]
             continue

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PlanMismatchError
 from fxmerge.graph.edit import copied
 from fxmerge.graph.meta import facts, origin, record
-from fxmerge.graph.query import between, fingerprint, node_named
+from fxmerge.graph.query import between, data_operands, fingerprint
 from fxmerge.passes.base import Pass
+
+#: Pixels that a kernel may reach over the border of an image; more is a damaged plan, and would not fit into memory.
+_FARTHEST = 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Annotate(Pass):
             )
 
     def call(self, graph: GraphModule) -> GraphModule:
+        if not self.plan.merges and not any(facts(node).role or facts(node).merge for node in graph.graph.nodes):
+            return graph
         annotated = copied(graph)
         for node in annotated.graph.nodes:
             record(node, role="", merge=None)
@@ -43,7 +49,7 @@ class Annotate(Pass):
 
 
 def annotate(graph: GraphModule, plan: Plan) -> GraphModule:
-    """A copy of a graph with a plan's decisions written on its nodes.
+    """A copy of a graph with a plan's decisions written on its nodes; the graph itself where there is nothing to write.
 
     Args:
         graph: the traced graph that the plan was made for, or a student of it (then the plan can be fused again).
@@ -88,24 +94,65 @@ def _write(graph: GraphModule, merge: Candidate, student: bool) -> None:
 
 
 def _check_fits(merge: Candidate, entry: Node, inside: tuple[Node, ...]) -> None:
-    """A merge must lie between its entry and its exit, and give a tensor of the shape that is there."""
-    exit_node = inside[-1]
-    before, after = facts(entry).shape or (), facts(exit_node).shape or ()
-    strangers = (set(merge.activations) | set(merge.removed)) - {node.name for node in inside}
-    connected = any(entry in node.all_input_nodes for node in inside)
-    geometry = merge.geometry
-    shaped = (
+    """A merge must be all that lies between its entry and its exit, and give a tensor of the shape that is there."""
+    fault = _not_closed(merge, entry, inside) or _misended(merge, inside[-1]) or _misshapen(merge, entry, inside[-1])
+    if fault:
+        raise PlanMismatchError(f"the merge {merge.id} does not fit the graph: {fault}", node=merge.exit)
+
+
+def _not_closed(merge: Candidate, entry: Node, inside: tuple[Node, ...]) -> str:
+    """What keeps these nodes from being a stretch with one entry and one exit; empty where nothing does."""
+    members = {entry, *inside}
+    if not any(entry in node.all_input_nodes for node in inside):
+        return f"{merge.exit} does not depend on {merge.entry}"
+    strangers = sorted((set(merge.activations) | set(merge.removed)) - {node.name for node in inside})
+    if strangers:
+        return f"{', '.join(strangers)} is not inside"
+    for node in inside:
+        outside = [operand for operand in data_operands(node) if operand not in members]
+        if outside and not is_side(node, outside):
+            return f"{node.name} reads {outside[0].name}, which is outside"
+        readers = [user for user in node.users if user not in members]
+        if readers and node is not inside[-1]:
+            return f"{readers[0].name}, which is outside, reads {node.name}"
+    return ""
+
+
+def is_side(node: Node, operands: Sequence[Node]) -> bool:
+    """Whether these are the one operand that a node adds to all pixels of another alike."""
+    shape = facts(operands[0]).shape or ()
+    return node.target is operator.add and list(operands) == [node.args[1]] and len(shape) > 2 and set(shape[2:]) == {1}
+
+
+def _misended(merge: Candidate, exit_node: Node) -> str:
+    """Whether something else than kept activations, one after the other, leads from the exit to the end; empty where not."""
+    node = _named(exit_node.graph, merge.end)
+    while node is not exit_node:
+        operands = data_operands(node)
+        if len(operands) != 1:
+            return f"{merge.exit} does not lead to {merge.end} alone"
+        node = operands[0]
+    return ""
+
+
+def _misshapen(merge: Candidate, entry: Node, exit_node: Node) -> str:
+    """How the shapes of entry and exit are not those of the merge's geometry; empty where they are."""
+    before, after, geometry = facts(entry).shape or (), facts(exit_node).shape or (), merge.geometry
+    fits = (
         len(before) == len(after) == len(geometry.axes) + 2
         and (before[1], after[1]) == (geometry.in_channels, geometry.out_channels)
         and geometry.outputs(before[2:]) == after[2:]
+        and all(-size < min(pads) and max(pads) <= _FARTHEST for pads, size in zip(geometry.padding, before[2:], strict=True))
     )
-    if strangers or not connected or not shaped:
-        what = f"{', '.join(sorted(strangers))} is not inside" if strangers else f"{before} to {after} is not {geometry}"
-        raise PlanMismatchError(f"the merge {merge.id} does not fit the graph: {what}", node=exit_node.name)
+    return "" if fits else f"{before} to {after} is not {geometry}"
 
 
 def _node(graph: GraphModule, name: str) -> Node:
-    node = node_named(graph, name)
+    return _named(graph.graph, name)
+
+
+def _named(graph: Graph, name: str) -> Node:
+    node: Node | None = next((node for node in graph.nodes if node.name == name), None)
     if node is None:
         raise PlanMismatchError(f"the plan names node {name!r}, and this graph has none of that name", node=name)
     return node

@@ -22,14 +22,15 @@ class DropRepeated(Pass):
     exact: ClassVar[bool] = True
 
     def call(self, graph: GraphModule) -> GraphModule:
+        if not any(map(_repeats, graph.graph.nodes)):
+            return graph
         result = copied(graph)
-        for node in list(result.graph.nodes):
-            before = node.args[0] if node.args else None
-            if (
-                node.op == "call_function"
-                and node.target in IDEMPOTENT
-                and isinstance(before, Node)
-                and before.target is node.target
-            ):
-                bypass(node, before)
+        for node in filter(_repeats, list(result.graph.nodes)):
+            bypass(node, node.args[0])
         return tidy(result)
+
+
+def _repeats(node: Node) -> bool:
+    """Whether a node is an idempotent activation of its like."""
+    before = node.args[0] if node.args else None
+    return node.op == "call_function" and node.target in IDEMPOTENT and isinstance(before, Node) and before.target is node.target

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmerge.algebra.affine import evaluate
+from fxmerge.algebra.affine import evaluate, evaluate_sides, pointwise
 from fxmerge.algebra.module import convolution_with, separate_padding
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError
-from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, tidy
-from fxmerge.graph.meta import origin, record
-from fxmerge.graph.query import module_of
+from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, put_module, tidy
+from fxmerge.graph.meta import facts, origin, record
+from fxmerge.graph.query import module_of, node_named
 from fxmerge.operators import Operators, Verdict, default_operators, read_expression, read_maps
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass, Sequential
 from fxmerge.passes.drop_repeated import DropRepeated
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 from fxmerge.passes.reuse_memory import ReuseMemory
+
+_NOT_LINEARIZED = "this graph is annotated but not linearized: fuse the student that linearize() returns"
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class FuseSegments(Pass):
 
     def requires(self, graph: GraphModule) -> None:
         if origin(graph) is None and any(True for _ in merges(graph)):
-            raise PassError("this graph is annotated but not linearized: fuse the student that linearize() returns")
+            raise PassError(_NOT_LINEARIZED)
 
     def call(self, graph: GraphModule) -> GraphModule:
-        merged = copied(graph)
         if not any(True for _ in merges(graph)):
-            return merged
+            return graph
+        merged = copied(graph)
         verdicts = self.operators.verdicts(merged)
         found = list(merges(merged))
         for exit_node, merge in found:
@@ -48,7 +51,7 @@ class FuseSegments(Pass):
         for exit_node, merge in found:
             record(exit_node, merge=None, role="")  # done; nothing is left to fuse
             if merge.kind == "identity":
-                bypass(exit_node, exit_node.args[0])  # type: ignore[arg-type]
+                bypass(exit_node, exit_node.args[0])
         return tidy(merged)
 
     def _fuse(self, graph: GraphModule, exit_node: Node, merge: Candidate, verdicts: Mapping[Node, Verdict]) -> None:
@@ -56,28 +59,63 @@ class FuseSegments(Pass):
         if len(nodes) == 1 and isinstance(module_of(graph, exit_node), nn.modules.conv._ConvNd):
             return  # one convolution already
         expression = read_expression(entry, nodes, verdicts)
-        affine = evaluate(expression, read_maps(graph, nodes, verdicts, self.operators))
+        maps = read_maps(graph, nodes, verdicts, self.operators)
+        affine, sides = evaluate(expression, maps), evaluate_sides(expression, maps)
         like = like_of(graph, entry, nodes)
         module = convolution_with(affine, like=like, bias=affine.geometry.bias)
         become_module(graph, exit_node, free_target(graph, f"merged.{exit_node.name}"), module, entry)
         amounts = separate_padding(affine.geometry)
         if amounts:
             exit_node.args = (insert_pad(entry, exit_node, amounts),)
+        for name, matrix in sides.items():
+            _add_side(graph, exit_node, name, matrix, like)
         erase(nodes[:-1])
 
 
-def fuse(student: GraphModule) -> GraphModule:
+def _add_side(graph: GraphModule, exit_node: Node, name: str, matrix: Tensor, like: Tensor) -> None:
+    """The exit becomes the sum of what it was and a side input times its matrix, a 1x1 convolution on one pixel."""
+    side = node_named(graph, name)
+    assert side is not None
+    batch, _, *space = facts(side).shape or (1, 1)
+    target = free_target(graph, f"merged.{exit_node.name}_{name}")
+    put_module(graph, target, convolution_with(pointwise(matrix, len(space)), like=like, bias=False))
+    with graph.graph.inserting_before(exit_node):
+        image = graph.graph.node_copy(exit_node)
+        term = graph.graph.call_module(target, (side,))
+    for made in (image, term):
+        made.meta = dict(exit_node.meta)
+        record(made, merge=None, role="")
+    record(term, shape=(batch, len(matrix), *space), target=target)
+    exit_node.op, exit_node.target, exit_node.args, exit_node.kwargs = "call_function", operator.add, (image, term), {}
+
+
+def fuse(student: GraphModule, *, operators: Operators | None = None) -> GraphModule:
     """The merged network of a student: one convolution for every segment, all batch norms folded; exact, for inference.
 
     Args:
         student: from :func:`fxmerge.linearize`, trained or not, in eval mode or not; it is not changed.
+        operators: what was known of operators when the student was made; None for the default table.
 
     Returns:
-        A GraphModule in eval mode that computes what the student computes in eval mode, to rounding.
+        A GraphModule in eval mode, with weights of its own, that computes what the student computes in eval mode, to rounding.
 
     Raises:
-        PassError: the graph is annotated but was not linearized.
+        InputError: not a GraphModule.
+        PassError: the graph is no student, or is one no more: pickling loses what is to be merged.
     """
-    training = any(module.training for module in student.modules())
-    quiet = copy.deepcopy(student).eval() if training else student
-    return Sequential((FuseSegments(), FoldBatchNorm(), DropRepeated(), ReuseMemory())).apply(quiet)
+    table = operators or default_operators()
+    passes = Sequential((FuseSegments(table), FoldBatchNorm(table), DropRepeated(), ReuseMemory(table)))
+    if isinstance(student, GraphModule):
+        _require_student(student)
+    return passes.apply(copy.deepcopy(student).eval())
+
+
+def _require_student(graph: GraphModule) -> None:
+    if origin(graph) is not None:
+        return
+    if any(True for _ in merges(graph)):
+        raise PassError(_NOT_LINEARIZED)
+    raise PassError(
+        "this graph is no student: fuse what linearize() returns. torch.save and pickle lose what is to be merged; use "
+        "save_student and load, or make the student again by linearize(annotate(graph, plan)) and load its state dict"
+    )

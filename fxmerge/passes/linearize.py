@@ -24,7 +24,7 @@ from fxmerge.errors import PassError, PlanMismatchError
 from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, tidy
 from fxmerge.graph.meta import facts, origin, record, set_origin
 from fxmerge.graph.query import fingerprint
-from fxmerge.operators import Join, Map, Operators, Site, Verdict, default_operators, read_expression
+from fxmerge.operators import Activation, Join, Map, Operators, Site, Verdict, default_operators, read_expression
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass
 
@@ -58,25 +58,34 @@ class Linearize(Pass):
             if merge.kind == "composed":
                 work.keep_layers()
             elif merge.kind == "identity":
+                work.check_activations()
                 work.drop()
             else:
+                work.check_activations()
                 work.replace(self.weights.get(merge.id), norm=self.norms)
         tidy(student)
         return copy.deepcopy(student) if self.own else student
 
 
-def linearize(graph: GraphModule, *, weights: Mapping[str, Affine] | None = None, norms: bool = False) -> GraphModule:
+def linearize(
+    graph: GraphModule,
+    *,
+    weights: Mapping[str, Affine] | None = None,
+    norms: bool = False,
+    operators: Operators | None = None,
+) -> GraphModule:
     """The student of an annotated graph: trainable, with parameters of its own; the graph given stays as it is.
 
     Args:
         graph: from :func:`fxmerge.annotate`.
         weights: for fitted candidates, by id, from :func:`fxmerge.fit`; where there is none, torch's initialisation.
         norms: put a batch norm, for now an identity, behind every fitted convolution.
+        operators: what was known of operators when the plan was made; None for the default table.
 
     Raises:
         PassError: the graph is a student already.
     """
-    return Linearize(weights or {}, norms).apply(graph)
+    return Linearize(weights or {}, norms, operators=operators or default_operators()).apply(graph)
 
 
 def added_norms(student: GraphModule) -> dict[str, nn.Module]:
@@ -99,6 +108,13 @@ class _Merge:
     @property
     def exit(self) -> Node:
         return self.nodes[-1]
+
+    def check_activations(self) -> None:
+        """All activations inside go, so the plan must name them all: else it was made for a shorter stretch."""
+        verdicts = self._verdicts(self.nodes)
+        left = [n.name for n in self.nodes if isinstance(verdicts[n], Activation) and n.name not in self.merge.activations]
+        if left:
+            raise PlanMismatchError(f"the merge {self.merge.id} leaves {', '.join(left)} inside its segment", node=left[0])
 
     def drop(self) -> None:
         """An identity in place of all nodes."""
@@ -143,7 +159,7 @@ class _Merge:
         kept = [node for node in self.nodes if node.name not in gone]
         for node in self.nodes[:-1]:
             if node.name in gone:
-                bypass(node, node.args[0])  # type: ignore[arg-type]
+                bypass(node, node.args[0])
         if self.exit.name in gone:
             operand = self.exit.args[0]
             assert isinstance(operand, Node)

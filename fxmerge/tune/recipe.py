@@ -94,7 +94,7 @@ def fine_tune(
         A trained copy, in eval mode.
 
     Raises:
-        InputError: the loss is no longer finite; lower the learning rate.
+        InputError: the loss is no longer finite; lower the learning rate. Or there is no data.
     """
     trained = copy.deepcopy(student)
     if epochs < 1:
@@ -120,6 +120,8 @@ def fine_tune(
                 schedule.step()
             if progress is not None:
                 progress(min(done, total), total)
+    if not done:
+        raise InputError("data() gave no batches, so nothing was trained; return a new iterable at every call")
     return trained.eval()
 
 

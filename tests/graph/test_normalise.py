@@ -212,6 +212,19 @@ class TestFunctionalLayers:
         assert targets(graph) == ["a"]
         assert abs(float(graph.get_submodule("a").weight.mean())) < 1e-15
 
+    def test_a_weight_may_have_any_name_and_be_read_elsewhere(self) -> None:
+        class Kernel(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.kernel = nn.Parameter(torch.randn(4, 3, 1, 1))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.conv2d(x, self.kernel) * self.kernel.abs().sum()
+
+        graph = trace(nn.Sequential(Kernel(), nn.ReLU()).double(), images())
+        assert targets(graph)[0] == "0"
+        assert isinstance(graph.get_submodule("0"), nn.Conv2d)
+
     def test_a_weight_computed_from_the_input_stays_a_function(self) -> None:
         def forward(s: Any, x: Any) -> Any:
             return F.conv2d(x, s.a.weight * x.mean(), padding=1)

@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import fx, nn
 
 import fxmerge
 from fxmerge.measure.latency import worthwhile
+from fxmerge.measure.replay import Replay
 from tests.fakes import PriceTimer
 from tests.small import images, network
 
@@ -89,3 +91,37 @@ def test_equal_geometries_are_timed_once(found) -> None:  # type: ignore[no-unty
     table = fxmerge.measure_latency(findings, proposals, (images(4),), timer=timer)
     assert len(timer.asked) < len(table.candidates)
     assert sum(table.unit_ns(end) for end in table.units) + table.remainder_ns == table.network.median_ns
+
+
+def test_a_plan_of_another_network_cannot_be_fitted(found) -> None:  # type: ignore[no-untyped-def]
+    findings, _ = found
+    plan = fxmerge.Plan("0" * 32)
+    with pytest.raises(fxmerge.PlanMismatchError, match="made for another graph than these findings"):
+        fxmerge.fit(findings, plan, images(8))
+
+
+def test_a_plan_of_a_wider_search_cannot_be_fitted_and_the_segment_is_named(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    candidate = next(c for p in proposals if len(p.segment.convolutions) > 1 for c in p.candidates if c.kind == "fitted")
+    narrow = fxmerge.find_segments(findings.graph, max_units=1)
+    plan = fxmerge.Plan(findings.fingerprint, (candidate,))
+    text = f"hold no segment {candidate.entry} -> {candidate.end} for the merge .*: give find_segments the max_units"
+    with pytest.raises(fxmerge.PlanMismatchError, match=text) as caught:
+        fxmerge.fit(narrow, plan, images(8))
+    assert caught.value.node == candidate.exit
+
+
+def test_one_module_under_two_names_is_replayed_under_both() -> None:
+    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)))
+    graph.add_submodule("twin", graph.get_submodule("0"))
+    next(node for node in graph.graph.nodes if node.target == "2").target = "twin"
+    graph.recompile()
+    replay = Replay(graph)
+    assert torch.equal(replay.values((images(2),))[replay.output], graph(images(2)))
+
+
+def test_a_divergence_of_the_users_gets_the_outputs_as_they_are(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    scorer = fxmerge.Reconstruction(divergence=lambda a, b: torch.full((len(a),), 0.25))
+    table = fxmerge.measure_importance(findings, proposals[:1], images(32), scorer=scorer)
+    assert {importance.loss for importance in table.candidates.values() if importance.scorer != "exact"} == {0.25}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils.parametrizations import weight_norm
 
 from fxmerge.algebra.affine import Affine, scaling
 from fxmerge.algebra.module import convolution_with, separate_padding
@@ -22,8 +23,8 @@ from fxmerge.core.segment import Reason
 from fxmerge.graph.trace import trace
 from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Site, Verdict, default_operators
 from fxmerge.passes.annotate import annotate
-from fxmerge.passes.fuse_segments import FuseSegments
-from fxmerge.passes.linearize import Linearize
+from fxmerge.passes.fuse_segments import FuseSegments, fuse
+from fxmerge.passes.linearize import Linearize, linearize
 from tests.laws import relative_error
 from tests.zoo import Net, conv, images
 
@@ -135,6 +136,14 @@ class TestMaps:
         assert isinstance(verdict, Opaque)
         assert verdict.reason is Reason.BATCH_STATISTICS
 
+    def test_a_parametrized_convolution_is_unpadded_like_any(self) -> None:
+        model = nn.Sequential(weight_norm(conv(3, 4)), nn.ReLU(), conv(4, 4)).double().eval()
+        graph = trace(model, images())
+        findings = find_segments(graph)
+        candidates = [c for p in propose(findings) for c in p.candidates if c.kind == "composed" and c.activations]
+        student = linearize(annotate(graph, Plan(findings.fingerprint, (candidates[0],))))
+        assert relative_error(student(images(seed=2)), fuse(student)(images(seed=2))) < 1e-12
+
     def test_roles_say_what_may_be_pruned(self) -> None:
         assert last(lambda s, x: s.a(x), a=conv(3, 4))[2].role == "convolution"  # type: ignore[union-attr]
         assert last(lambda s, x: s.a(x), a=nn.BatchNorm2d(3))[2].role == "norm"  # type: ignore[union-attr]
@@ -150,6 +159,13 @@ class TestJoins:
     @pytest.mark.parametrize("forward", [lambda s, x: torch.cat([x, x], dim=-3), lambda s, x: torch.cat(tensors=[x, x], dim=1)])
     def test_channels_may_be_counted_from_the_end(self, forward: Forward) -> None:
         assert isinstance(last(forward)[2], Join)
+
+    def test_what_is_added_to_all_pixels_alike_is_a_side_input(self) -> None:
+        _, node, verdict = last(lambda s, x: x.mean((2, 3), keepdim=True) + x)
+        assert isinstance(verdict, Map)
+        assert verdict.role == "side"
+        assert verdict.side is not None
+        assert (node.args[0].name, verdict.side.name) == ("x", "mean")  # type: ignore[union-attr]
 
     def test_a_difference_is_a_join(self) -> None:
         _, _, verdict = last(lambda s, x: s.a(x) - x, a=conv(3, 3))
@@ -177,7 +193,7 @@ OPAQUE: dict[str, tuple[Forward, Reason]] = {
     "channels cropped by padding": (lambda s, x: F.pad(x, (0, 0, 0, 0, -1, 0)), Reason.PADDING_MODE),
     "concat on rows": (lambda s, x: torch.cat((x, x), 2), Reason.OPAQUE),
     "a number less": (lambda s, x: 1 - x, Reason.OPAQUE),
-    "a broadcast sum": (lambda s, x: x + x.mean((2, 3), keepdim=True), Reason.SHAPE),
+    "a broadcast sum": (lambda s, x: x + x.mean(3, keepdim=True), Reason.SHAPE),
     "a scaled sum": (lambda s, x: torch.add(x, x, alpha=2), Reason.OPAQUE),
     "a product": (lambda s, x: x * x, Reason.OPAQUE),
     "a flat activation": (lambda s, x: F.relu(x.flatten(1)), Reason.SHAPE),
@@ -240,7 +256,12 @@ class TestAnOperatorOfTheUser:
 
     def graph(self) -> GraphModule:
         model = nn.Sequential(conv(3, 4), Gain(4), nn.ReLU(), conv(4, 4)).double().eval()
-        return trace(fx.GraphModule(model, Leaves().trace(model)), images())
+        return trace(model, images(), leaves=self.TABLE.modules)
+
+    def test_a_graph_of_the_users_own_tracer_is_the_same(self) -> None:
+        model = nn.Sequential(conv(3, 4), Gain(4), nn.ReLU(), conv(4, 4)).double().eval()
+        graph = trace(fx.GraphModule(model, Leaves().trace(model)), images())
+        assert [n.name for n in graph.graph.nodes] == [n.name for n in self.graph().graph.nodes]
 
     def test_without_it_the_layer_is_opaque(self) -> None:
         [refusal, *_] = find_segments(self.graph()).refusals

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from fxmerge.analysis.candidates import propose
 from fxmerge.analysis.segments import find_segments
+from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import FxMergeError, PlanMismatchError
@@ -68,6 +69,12 @@ class TestWhatIsWritten:
         assert [node.name for node in nodes] == ["conv2", "bn2"]
 
 
+#: One tap, a thousand pixels away.
+FAR = Geometry(4, 4, (Axis(offset=1000), Axis()))
+#: A million taps.
+HUGE = Geometry(4, 4, (Axis(taps=10**6), Axis()))
+
+
 class TestMismatch:
     def test_a_plan_for_another_network_is_an_error_with_both_fingerprints(self) -> None:
         graph, fingerprint, _ = offered("residual_plus")
@@ -105,6 +112,33 @@ class TestMismatch:
         with pytest.raises(PlanMismatchError, match=f"^merges overlap at {node}: a plan covers every node once$") as caught:
             annotate(graph, Plan(fingerprint, (candidates[one], candidates[other])))
         assert caught.value.node == node
+
+    @pytest.mark.parametrize(
+        ("id", "change", "text"),
+        [
+            ("relu->bn2 fitted 4->4 3x3", {"entry": "bn2", "exit": "conv1", "end": "conv1"}, "conv1 does not depend on bn2"),
+            ("relu->bn2 fitted 4->4 3x3", {"entry": "bn2"}, "bn2 does not depend on bn2"),
+            ("relu->bn2 fitted 4->4 3x3", {"entry": "relu_1"}, "relu_1 is not inside"),
+            ("relu->relu_2 fitted 4->4 3x3", {"entry": "relu_1", "activations": ()}, "add reads relu, which is outside"),
+            ("x->relu fitted 3->4 1x1", {"exit": "conv1", "end": "conv1"}, "add, which is outside, reads relu"),
+            ("relu->bn2 fitted 4->4 3x3", {"exit": "relu_2"}, "relu_2 does not lead to bn2 alone"),
+            ("relu->relu_2 fitted 4->4 3x3", {"exit": "bn2"}, "bn2 does not lead to relu_2 alone"),
+            ("relu->bn2 fitted 4->4 3x3", {"geometry": HUGE}, r"\(2, 4, 12, 12\) is not 4->4 1000000x1"),
+            ("relu->bn2 fitted 4->4 3x3", {"geometry": FAR}, r"\(2, 4, 12, 12\) is not 4->4 1x1"),
+        ],
+    )
+    def test_a_merge_moved_to_other_tensors_of_the_same_shape_is_told(self, id: str, change: dict[str, object], text: str) -> None:
+        graph, fingerprint, candidates = offered("residual_plus")
+        merge = replace(candidates[id], **change)  # type: ignore[arg-type]
+        with pytest.raises(PlanMismatchError, match=text):
+            annotate(graph, Plan(fingerprint, (merge,)))
+
+    @pytest.mark.parametrize("id", ["relu->bn2 fitted 4->4 3x3", "relu->bn2 identity"])
+    def test_a_merge_of_a_longer_stretch_than_it_was_made_for_is_told(self, id: str) -> None:
+        graph, fingerprint, candidates = offered("residual_plus")
+        merge = replace(candidates[id], activations=())
+        with pytest.raises(PlanMismatchError, match="leaves relu_1 inside its segment"):
+            linearize(annotate(graph, Plan(fingerprint, (merge,))))
 
     @pytest.mark.parametrize(
         "change",

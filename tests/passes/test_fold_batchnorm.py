@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, symbolic_trace
 
+from fxmerge.errors import InputError
 from fxmerge.graph.trace import trace
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 from tests.laws import relative_error
@@ -49,6 +50,90 @@ def test_it_must_fold(case: str) -> None:
     graph, error = folded(build(), x)
     assert norms(graph) == 0
     assert error < 1e-14
+
+
+class Scaled(nn.Module):
+    """A convolution, then arithmetic with a vector of channels and with numbers."""
+
+    def __init__(self, forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], **options: Any) -> None:
+        super().__init__()
+        self.conv, self.arithmetic = conv(3, 4, **options), forward
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.arithmetic(self.conv(x), self.gamma)
+
+
+def _depthwise_scale() -> nn.Module:
+    return nn.Sequential(conv(3, 4), nn.Conv2d(4, 4, 1, groups=4))
+
+
+def _weight_norm(*, bias: bool) -> nn.Module:
+    weighted: nn.Module = nn.utils.parametrizations.weight_norm(conv(3, 4, stride=2, bias=bias))
+    return nn.Sequential(weighted, nn.BatchNorm2d(4))
+
+
+SCALES: dict[str, Callable[[], nn.Module]] = {
+    "a scale": lambda: Scaled(lambda y, gamma: y * gamma),
+    "a scale, no bias": lambda: Scaled(lambda y, gamma: y * gamma, bias=False),
+    "a shift, no bias": lambda: Scaled(lambda y, gamma: y - gamma, bias=False),
+    "a frozen norm, spelt out": lambda: Scaled(lambda y, gamma: (y - gamma) / gamma * 3.0 + gamma),
+    "a norm, then a scale": lambda: nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Dropout(), nn.BatchNorm2d(4)),
+    "a depthwise convolution of one tap": _depthwise_scale,
+    "a parametrized convolution": lambda: _weight_norm(bias=True),
+    "a parametrized convolution without bias": lambda: _weight_norm(bias=False),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)),
+    "transposed, strided": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4)),
+    "transposed, grouped": lambda: nn.Sequential(nn.ConvTranspose2d(3, 6, 3, 3, bias=False, groups=3), nn.BatchNorm2d(6)),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_scales_and_shifts_of_channels_fold_into_one_plain_convolution(case: str) -> None:
+    graph, error = folded(SCALES[case]())
+    [node] = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+    made = graph.get_submodule(str(node.target))
+    assert type(made) in (nn.Conv2d, nn.ConvTranspose2d)
+    assert [name for name, _ in made.named_parameters()] in (["weight"], ["weight", "bias"])
+    assert error < 1e-14
+
+
+def test_a_scale_alone_brings_no_bias() -> None:
+    graph, _ = folded(SCALES["a scale, no bias"]())
+    assert graph.get_submodule("conv").bias is None
+
+
+def test_a_scale_that_makes_other_numbers_stays() -> None:
+    class Double(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv(3, 4).float()
+            self.register_buffer("gamma", torch.rand(4, 1, 1, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.conv(x) * self.gamma
+            return y
+
+    x = images().float()
+    graph = FoldBatchNorm().apply(trace(Double(), x))
+    assert graph(x).dtype == torch.float64
+    assert any(node.name == "mul" for node in graph.graph.nodes)
+
+
+def test_a_parametrized_convolution_in_train_mode_stays() -> None:
+    graph = trace(_weight_norm(bias=True).double(), images())
+    graph.get_submodule("0").train()
+    assert FoldBatchNorm().apply(graph) is graph
+
+
+def test_a_convolution_whose_own_output_is_wanted_stays() -> None:
+    graph = trace(specimen("projection_skip"), images())
+    assert norms(FoldBatchNorm(keep=frozenset(("conv1",))).apply(graph)) == 1
+
+
+def test_a_graph_without_shapes_is_told_to_be_traced() -> None:
+    with pytest.raises(InputError, match=r"no shapes of fxmerge's; pass it through fxmerge\.trace\(graph, example_inputs\) first"):
+        FoldBatchNorm()(symbolic_trace(specimen("projection_skip")))
 
 
 def test_a_norm_without_parameters_folds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.fx import GraphModule
 from fxmerge.analysis.candidates import propose
 from fxmerge.analysis.segments import find_segments
 from fxmerge.core.plan import Plan
-from fxmerge.errors import PassError
+from fxmerge.errors import InputError, PassError
 from fxmerge.graph.query import module_of
 from fxmerge.graph.trace import trace
 from fxmerge.passes.fuse_segments import FuseSegments, fuse
@@ -125,7 +126,32 @@ class TestMustNotFuse:
         ]
 
 
+class TestOnlyAStudentIsFused:
+    def test_a_traced_graph_is_none(self) -> None:
+        with pytest.raises(PassError, match=r"^this graph is no student: fuse what linearize\(\) returns"):
+            fuse(Bench("residual_plus").graph)
+
+    def test_a_pickled_student_is_one_no_more(self) -> None:
+        student = pickle.loads(pickle.dumps(Bench("residual_plus").student("relu->relu_2 composed 4->4 5x5")))
+        with pytest.raises(PassError, match="pickle lose what is to be merged; use save_student and load"):
+            fuse(student)
+
+    def test_something_that_is_no_graph_is_told(self) -> None:
+        with pytest.raises(InputError, match=r"works on a torch\.fx\.GraphModule, found Conv2d"):
+            fuse(nn.Conv2d(3, 3, 3))  # type: ignore[arg-type]
+
+
 class TestTheStudentStays:
+    @pytest.mark.parametrize("ids", [(), ("relu->relu_2 composed 4->4 5x5",), ("relu->bn2 fitted 4->4 3x3",)])
+    def test_apart_from_the_merged_network(self, ids: tuple[str, ...]) -> None:
+        student = Bench("residual_plus").student(*ids)
+        merged = fuse(student)
+        before = merged(images())
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(1.5)
+        assert torch.equal(merged(images()), before)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_in_its_mode_with_its_weights(self, training: bool) -> None:
         student = Bench("residual_plus").student("relu->relu_2 composed 4->4 5x5").train(training)

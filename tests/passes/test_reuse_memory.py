@@ -54,6 +54,10 @@ class TestMayBeOverwritten:
         layers = {"a": conv(3, 4), "b": conv(3, 4)}
         assert in_place(lambda s, x: F.relu(s.a(x) + s.b(x)), **layers) == {"add", "relu"}
 
+    def test_a_sum_of_two_paths_of_one_stride_behind_an_opaque_layer(self) -> None:
+        layers = {"a": conv(3, 3, stride=2), "b": conv(3, 3, 1, stride=2, padding=0), "pool": nn.MaxPool2d(2)}
+        assert in_place(lambda s, x: (lambda y: s.a(s.a1(y)) + s.b(y))(s.pool(x)), a1=conv(3, 3), **layers) == {"add"}
+
     def test_the_second_operand_where_the_first_is_read_again(self) -> None:
         def forward(s: Any, x: Any) -> Any:
             y = s.a(x)
@@ -114,6 +118,54 @@ class TestMustNotBeOverwritten:
         graph = ReuseMemory().apply(trace(model, images(batch=1)))
         with torch.no_grad():
             assert relative_error(model(images(batch=3)), graph(images(batch=3))) == 0
+
+    def test_an_operand_that_may_be_smaller_at_another_size(self) -> None:
+        def context(s: Any, x: Any) -> Any:
+            return s.c(F.relu(s.b(F.adaptive_avg_pool2d(x, 1)) + s.a(x)))
+
+        model = Net(context, a=conv(3, 4, 1), b=conv(3, 4, 1), c=conv(4, 4, 1)).double()
+        graph = ReuseMemory().apply(trace(model, images(size=(1, 1))))
+        x = images(size=(5, 4))
+        with torch.no_grad():
+            assert relative_error(model(x), graph(x)) == 0
+
+    @pytest.mark.parametrize("batches", [(1, 4), (4, 1)])
+    def test_operands_that_depend_on_two_inputs(self, batches: tuple[int, int]) -> None:
+        class Template(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = conv(3, 4), conv(3, 4)
+
+            def forward(self, x: Tensor, template: Tensor) -> Tensor:
+                return self.b(template) + self.a(x)
+
+        model = Template().double()
+        graph = ReuseMemory().apply(trace(model, (images(batch=1), images(batch=1))))
+        pair = [images(batch=batch) for batch in batches]
+        with torch.no_grad():
+            assert relative_error(model(*pair), graph(*pair)) == 0
+
+    def test_operands_whose_sizes_agree_for_the_example_alone(self) -> None:
+        def forward(s: Any, x: Any) -> Any:
+            return s.a(x) + s.b(x)[:, :, :1, :1]
+
+        model = Net(forward, a=conv(3, 4, 12, padding=0), b=conv(3, 4)).double()
+        graph = ReuseMemory().apply(trace(model, images(size=(12, 12))))
+        assert not [node for node in graph.graph.nodes if node.target is operator.iadd]
+
+    def test_a_sum_that_somebody_else_made_in_place_under_a_view(self) -> None:
+        def forward(s: Any, x: Any) -> Any:
+            y = s.a(x)
+            return y.view(-1).sum() + F.relu(y + s.b(x)).sum()
+
+        graph = fx.symbolic_trace(Net(forward, a=conv(3, 4), b=conv(3, 4)).double())
+        made = next(node for node in graph.graph.nodes if node.name == "add")
+        made.target = operator.iadd
+        view, relu = (next(n for n in graph.graph.nodes if n.name == name) for name in ("sum_1", "relu"))
+        relu.append(view)  # read after the activation
+        graph.recompile()
+        with torch.no_grad():
+            assert relative_error(graph(images()), ReuseMemory().apply(graph)(images())) < 1e-14
 
     def test_the_output_of_a_module_of_someone_else_whatever_its_name(self) -> None:
         class ConvOrNothing(nn.Module):

@@ -71,6 +71,11 @@ def test_no_epochs_give_a_copy(result: fxmerge.Result) -> None:
     assert_untouched(trained, snapshot(result.student))
 
 
+def test_no_data_is_told(result: fxmerge.Result) -> None:
+    with pytest.raises(fxmerge.InputError, match=r"data\(\) gave no batches"):
+        fxmerge.tune.fine_tune(result.student, lambda: [], epochs=2)
+
+
 def test_a_loss_that_diverges_is_told(result: fxmerge.Result) -> None:
     with pytest.raises(fxmerge.InputError, match="lower learning_rate"):
         fxmerge.tune.fine_tune(result.student, batches, epochs=20, learning_rate=1e9)
