@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fxmerge
 from benchmarks.networks import accuracy, cifar10, cifar_resnet
-from fxmerge.compress import Search, build_networks
+from fxmerge.search import Search, build_networks
 
 SPACES = {
     "fitted (ours)": "joint",

@@ -19,7 +19,7 @@ import torchvision
 from tabulate import tabulate
 
 import fxmerge
-from fxmerge.compress import build_networks
+from fxmerge.search import build_networks
 
 
 def main() -> None:

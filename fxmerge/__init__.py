@@ -20,7 +20,8 @@ The rooms, in the order in which they may import each other (those on one level 
     analysis    graph -> facts: cuts, segments, candidates, reports; edits nothing
     passes      graph -> graph, one per file; none changes its input
     measure     latency, importance, weights from data      tune        the student trained
-    compress, result, testing     the story, its outcome, its proof
+    compress, search, result      the story, how its budget is met, its outcome
+    saved, testing                students on disk; the proof
     backend, cli, demo            the doors      data   images on disk, for the CLI
 """
 
@@ -62,7 +63,8 @@ from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 from fxmerge.passes.fuse_segments import FuseSegments, fuse
 from fxmerge.passes.linearize import Linearize, linearize
 from fxmerge.passes.reuse_memory import ReuseMemory
-from fxmerge.result import Loaded, Result, load, save_student
+from fxmerge.result import Result
+from fxmerge.saved import Loaded, load, save_student
 from fxmerge.solve.frontier import solve_tables as solve
 
 __all__ = [

@@ -17,7 +17,8 @@ from fxmerge.measure.cost import cost
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.fuse_segments import fuse
-from fxmerge.result import Result, save_student
+from fxmerge.result import Result
+from fxmerge.saved import save_student
 from fxmerge.tune import calibrate_norms, fine_tune
 
 #: Images of the test split; the other 1,347 are for training, and the first 512 of them, without labels, for calibration.
@@ -104,7 +105,7 @@ def run_demo(
     calibration = train_x[:_CALIBRATION]
     result = compress(original, test_x[:128], speedup=speedup, calibration=calibration, timer=timer, progress=progress)
     student, merged = _tuned(result, original, data, calibration, epochs[1], progress)
-    report = _report(result, merged, test_x, test_y, timer or compare)
+    report = _report(result, merged, test_x, test_y, timer)
     save_student(student, result.plan, result.example_inputs, out, report=report)
     return f"{report}\n\nplan, weights and report are in {out}"
 
@@ -147,14 +148,14 @@ def _tuned(
     return student, fuse(student)
 
 
-def _report(result: Result, tuned: GraphModule, test_x: Tensor, test_y: Tensor, timer: Timer) -> str:
+def _report(result: Result, tuned: GraphModule, test_x: Tensor, test_y: Tensor, timer: Timer | None) -> str:
     networks = {
         "original, batch norms folded": result.baseline,
         "compressed, no training": result.model,
         "compressed, fine-tuned": tuned,
     }
     inputs = result.example_inputs
-    measured = timer([Timed(network, inputs) for network in networks.values()], target=result.measured[0].target)
+    measured = (timer or compare)([Timed(network, inputs) for network in networks.values()], target=result.measured[0].target)
     rows = []
     for (name, network), timing in zip(networks.items(), measured, strict=True):
         figures = cost(network, inputs)

@@ -23,11 +23,12 @@ LEVELS = {
     "operators": 3,
     "analysis": 4, "passes": 4,
     "measure": 5, "tune": 5,
-    "result": 6,
-    "compress": 7,
-    "": 8, "backend": 8, "demo": 8,
-    "cli": 9,
-    "__main__": 10,
+    "saved": 6, "search": 6,
+    "result": 7,
+    "compress": 8,
+    "": 9, "backend": 9, "demo": 9,
+    "cli": 10,
+    "__main__": 11,
 }  # fmt: skip
 
 #: Room -> what it does without: what is computed apart from what is edited, what must start fast apart from torch.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.result import _digest
+from fxmerge.saved import _digest
 from fxmerge.testing import assert_equivalent
 from tests.fakes import PriceTimer
 from tests.small import images, network
@@ -113,7 +113,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path, step: i
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr("fxmerge.result.save_file", mortal(save_file))
+        patch.setattr("fxmerge.saved.save_file", mortal(save_file))
         for name in ("write_text", "replace"):
             patch.setattr(Path, name, mortal(getattr(Path, name)))
         with pytest.raises(Killed, match="^$"):
