@@ -212,6 +212,15 @@ def _function(node: Node, call: Call) -> None:
     node.args = (call.arguments["input"],)
 
 
+def _reshape(node: Node, call: Call) -> None:
+    """A channel shuffle, or a reshape: a view would not stand that copies made for it alone are gone."""
+    become_shuffle(node, call)
+    if node.op == "call_method" and node.target == "view" and isinstance(call.arguments.get("sizes"), (tuple, list, Node)):
+        node.target = "reshape"
+    elif node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        node.target = torch.ops.aten.reshape.default
+
+
 def _permute(node: Node, call: Call) -> None:
     """``transpose`` and ``permute`` as ``torch.permute(x, dims)``, no dimension counted from the end."""
     rank, values = len(facts(node).shape or ()), call.arguments
@@ -234,7 +243,8 @@ _RULES: Mapping[str, Callable[[Node, Call], None]] = {
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_FUNCTIONS, _function),
     **dict.fromkeys(("getitem", "narrow", "slice"), become_slice),
-    **dict.fromkeys(("reshape", "flatten"), become_shuffle),
+    "reshape": _reshape,
+    "flatten": become_shuffle,
     **dict.fromkeys(("transpose", "permute"), _permute),
     "neg": _negative,
     "cat": _concat,

@@ -212,6 +212,15 @@ class TestFunctionalLayers:
         assert targets(graph) == ["a"]
         assert abs(float(graph.get_submodule("a").weight.mean())) < 1e-15
 
+    @pytest.mark.parametrize("front_end", ["symbolic_trace", "export"])
+    def test_a_view_of_a_copy_made_for_it_stands_without_the_copy(self, front_end: Any) -> None:
+        def forward(s: Any, x: Any) -> Any:
+            return s.a(x).permute(0, 2, 3, 1).contiguous().view(x.shape[0], -1, 2)
+
+        model = Net(forward, a=conv(3, 4)).double()
+        graph = trace(model, images(), front_end=front_end)
+        assert relative_error(model(images(seed=1)), graph(images(seed=1))) == 0
+
     def test_a_weight_may_have_any_name_and_be_read_elsewhere(self) -> None:
         class Kernel(nn.Module):
             def __init__(self) -> None:
