@@ -20,6 +20,7 @@ from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Proposal, Segment
+from fxmerge.graph.meta import facts
 from fxmerge.graph.query import node_named
 from fxmerge.operators import Site, read_maps
 
@@ -83,7 +84,9 @@ def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, .
     proposals = []
     prunings = _Prunings(norms)
     for segment in findings.segments:
-        unique = {candidate.id: candidate for candidate in _candidates(segment, space, prunings, _is_exact(findings, segment))}
+        size = _entry_size(findings, segment)
+        offered = _candidates(segment, space, prunings, _is_exact(findings, segment))
+        unique = {candidate.id: candidate for candidate in offered if _leaves_pixels(candidate.geometry, size)}
         if unique:
             proposals.append(Proposal(segment, tuple(unique.values())))
     return tuple(proposals)
@@ -119,6 +122,16 @@ def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool
             small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
             if small and _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):
                 yield offer("fitted", geometry)
+
+
+def _entry_size(findings: Findings, segment: Segment) -> tuple[int, ...]:
+    entry = node_named(findings.graph, segment.entry)
+    return (facts(entry).shape or ())[2:] if entry is not None else ()
+
+
+def _leaves_pixels(geometry: Geometry, size: Sequence[int]) -> bool:
+    """Whether a kernel reads something else than padding: a small one off its centre may crop a narrow image altogether."""
+    return all(min(pads) > -pixels for pads, pixels in zip(geometry.padding, size, strict=True))
 
 
 def _is_exact(findings: Findings, segment: Segment) -> bool:

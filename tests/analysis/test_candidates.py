@@ -192,3 +192,9 @@ def test_exact_means_no_activation_gone_and_borders_kept(layers: list[nn.Module]
     findings = find_segments(trace(nn.Sequential(*layers), torch.zeros(1, 3, 9, 9)))
     [last] = [c for c in candidates(findings) if c.kind == "composed" and not c.removed]
     assert last.exact is exact
+
+
+def test_a_kernel_that_would_read_padding_alone_is_not_offered() -> None:
+    model = nn.Sequential(nn.ZeroPad2d((2, 0, 1, 1)), conv(3, 4, padding=0))
+    narrow, wide = (find_segments(trace(model, torch.zeros(1, 3, 8, width))) for width in (1, 2))
+    assert [len(candidates(findings, "input_1 -> _1")) for findings in (narrow, wide)] == [0, 1]
