@@ -75,25 +75,25 @@ class Case:
         proposals = propose(findings)
         taken = time.process_time() - start
         assert taken < PATIENCE, f"searching {len(graph.graph.nodes)} nodes took {taken:.1f} s"
-        return cls(
-            program,
-            model,
-            graph,
-            findings,
-            tuple(p for p in (_annotatable(findings, proposal) for proposal in proposals) if p.candidates),
-        )
+        return cls(program, model, graph, findings, proposals)
 
     @cached_property
     def inputs(self) -> tuple[tuple[Tensor, ...], ...]:
         return self.program.inputs(*EXAMPLE, seed=1), self.program.inputs(*OTHER, seed=2)
+
+    @cached_property
+    def composed(self) -> list[Proposal]:
+        """The proposals whose kernels are computed, not fitted: with these the law is hard to obey."""
+        narrowed = [replace(p, candidates=tuple(c for c in p.candidates if c.kind == "composed")) for p in self.proposals]
+        return [proposal for proposal in narrowed if proposal.candidates]
 
     def check(self, plans: random.Random) -> None:
         """All that is asked of every program."""
         self.assert_traced()
         self.assert_refusals_name_nodes()
         self.assert_all_accounted_for()
-        for number in range(2):
-            self.assert_law(random_plan(self.findings, self.proposals, plans), norms=number == 0)
+        self.assert_law(random_plan(self.findings, self.proposals, plans), norms=True)
+        self.assert_law(random_plan(self.findings, self.composed, plans), norms=False)
         self.assert_exact_candidates_keep_the_function()
 
     def assert_traced(self) -> None:
@@ -161,17 +161,6 @@ class Case:
             for inputs in self.inputs:
                 text = f"exact {[candidate.id for candidate in chosen]}"
                 _assert_close(_outputs(self.model, inputs), _outputs(merged, inputs), _largest(self.graph, inputs), text)
-
-
-def _annotatable(findings: Findings, proposal: Proposal) -> Proposal:
-    """Without candidates that crop all of an image, which propose() offers and annotate() rejects (/tmp/programs_repro/03.py)."""
-    entry = next(node for node in findings.graph.graph.nodes if node.name == proposal.segment.entry)
-    sizes = (facts(entry).shape or ())[2:]
-
-    def leaves_something(candidate: Candidate) -> bool:
-        return all(-size < min(pads) for size, pads in zip(sizes, candidate.geometry.padding, strict=True))
-
-    return replace(proposal, candidates=tuple(filter(leaves_something, proposal.candidates)))
 
 
 class _Recorder(fx.Interpreter):
