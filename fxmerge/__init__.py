@@ -48,12 +48,18 @@ from fxmerge.errors import (
     PassError,
     PlanError,
     PlanMismatchError,
+    StoreError,
     TraceError,
+    WorkerError,
 )
 from fxmerge.graph.trace import trace
 from fxmerge.measure.calibration import as_batches
+from fxmerge.measure.executors import Executor, Local, Processes, Ray
+from fxmerge.measure.finetuning import Custom, FineTuning
 from fxmerge.measure.latency import baseline, measure_latency, worthwhile
-from fxmerge.measure.reconstruction import Reconstruction, fit, measure_importance
+from fxmerge.measure.reconstruction import Reconstruction, fit
+from fxmerge.measure.scoring import Scorer, measure_importance
+from fxmerge.measure.store import Store
 from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, compare
 from fxmerge.operators import Operators, default_operators
 from fxmerge.passes.annotate import Annotate, annotate
@@ -72,8 +78,11 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "Candidate",
+    "Custom",
     "DropRepeated",
+    "Executor",
     "Findings",
+    "FineTuning",
     "FoldBatchNorm",
     "FuseSegments",
     "FxMergeError",
@@ -84,6 +93,7 @@ __all__ = [
     "LatencyTable",
     "Linearize",
     "Loaded",
+    "Local",
     "Measurement",
     "MeasurementError",
     "NotEquivalentError",
@@ -96,19 +106,25 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "Processes",
     "Proposal",
+    "Ray",
     "Reason",
     "Reconstruction",
     "Refusal",
     "Result",
     "ReuseMemory",
+    "Scorer",
     "Segment",
     "Sequential",
     "Space",
+    "Store",
+    "StoreError",
     "Target",
     "Timed",
     "Timer",
     "TraceError",
+    "WorkerError",
     "__version__",
     "annotate",
     "as_batches",

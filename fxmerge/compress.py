@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,9 +23,12 @@ from fxmerge.core.table import ImportanceTable, LatencyTable, Measurement, Targe
 from fxmerge.errors import CalibrationError, InputError, NothingToMergeError
 from fxmerge.graph.trace import as_arguments, trace
 from fxmerge.measure.calibration import Batch, as_batches
+from fxmerge.measure.executors import Executor, as_executor
 from fxmerge.measure.latency import baseline, measure_latency, worthwhile
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.reconstruction import Reconstruction
+from fxmerge.measure.scoring import Scorer, score
+from fxmerge.measure.store import Store, Study
 from fxmerge.measure.timer import Timer
 from fxmerge.operators import Map, Operators
 from fxmerge.result import Result
@@ -47,7 +51,9 @@ def compress(
     space: Space | Literal["joint", "composed", "activations", "layers", "exact"] = "joint",
     target: Target | None = None,
     timer: Timer | None = None,
-    scorer: Reconstruction | None = None,
+    scorer: Scorer | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
+    executor: Executor | Literal["local", "processes", "ray"] = "local",
     operators: Operators | None = None,
     tolerance: float = 0.03,
     corrections: int = 4,
@@ -66,7 +72,10 @@ def compress(
         space: which candidates are offered; see :class:`fxmerge.Space`.
         target: where and how the network will run; None for this CPU, the inputs' dtype.
         timer: what measures latency, of single modules and of the whole; None for :class:`fxmerge.InterleavedTimer`.
-        scorer: what measures importance and fits weights; None for :class:`fxmerge.Reconstruction`.
+        scorer: what measures importance; None for :class:`fxmerge.Reconstruction`, which fits the weights in any case.
+        store: a file where every measurement is kept as it is made (:class:`fxmerge.Store`); a run that died goes on from there,
+            and ``fxmerge solve`` makes other plans from it.
+        executor: where importance is measured: here, in processes of this machine, on a Ray cluster.
         operators: what is known of operators; None for the default table.
         tolerance: how far over the budget the measured latency may be, as a fraction of it.
         corrections: how often to measure, correct the budget and solve again.
@@ -92,20 +101,33 @@ def compress(
         batches = () if exact else _calibration(calibration, graph)
         findings = find_segments(graph, operators=operators)
         proposals = _offered(findings, space)
-        latency = measure_latency(findings, proposals, arguments, target=target, timer=timer, progress=bars("latency"))
+        kept = _opened(store, bars)
+        latency = measure_latency(findings, proposals, arguments, target=target, timer=timer, store=kept, progress=bars("latency"))
         proposals = worthwhile(proposals, latency, findings.region)
-        scorer = scorer or Reconstruction()
-        importance = scorer.score(findings, proposals, batches, progress=bars("importance"))
-        candidates = [candidate for proposal in proposals for candidate in proposal.candidates]
+        importance = score(
+            findings,
+            proposals,
+            batches,
+            scorer=scorer or Reconstruction(),
+            latency=latency,
+            store=kept,
+            executor=as_executor(executor),
+            progress=bars("importance"),
+        )
+        candidates = tuple(candidate for proposal in proposals for candidate in proposal.candidates)
         front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
+        study = Study(type(model).__name__, findings.fingerprint, findings.region, candidates, latency, importance)
         original = baseline(graph, operators=findings.operators)
-        search = Search(findings, front, original, arguments, target, tolerance, timer)
+        search = Search(
+            findings, front, original, arguments, target, tolerance, timer, (kept, kept.add_study(study)) if kept else None
+        )
         weights: Mapping[str, Affine] = {}
         if exact:
             plan, measured = search.best_exact()
         else:
             tried = search.within(asked, latency_ms, corrections, bars("budget"))
-            plan, measured, weights = search.best_near(tried, asked, latency_ms, scorer, batches, bars("fit"))
+            fitter = scorer if isinstance(scorer, Reconstruction) else Reconstruction()
+            plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter, batches, bars("fit"))
         return build(findings, plan, weights, front, proposals, latency, importance, measured, arguments)
 
 
@@ -137,6 +159,15 @@ def build(
         example_inputs=arguments,
         weights=dict(weights),
     )
+
+
+def _opened(store: Store | str | os.PathLike[str] | None, context: Bars) -> Store | None:
+    """The store, closed with the context where it is opened here."""
+    if store is None or isinstance(store, Store):
+        return store
+    opened = Store(store)
+    context.closing(opened)
+    return opened
 
 
 def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:

@@ -7,9 +7,22 @@ would catch, and carries its facts as attributes.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FxMergeError(Exception):
     """Base of all errors that fxmerge raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As Exception has it, errors with keyword-only facts would not come back from a worker process.
+        return _raised_elsewhere, (type(self), self.args, self.__dict__)
+
+
+def _raised_elsewhere(kind: type[FxMergeError], arguments: tuple[Any, ...], facts: dict[str, Any]) -> FxMergeError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(facts)
+    return error
 
 
 class TraceError(FxMergeError, TypeError):
@@ -48,6 +61,10 @@ class MeasurementError(FxMergeError, RuntimeError):
         self.index = index
 
 
+class WorkerError(FxMergeError, RuntimeError):
+    """Workers of an executor keep dying, or cannot be had; what they had finished is kept."""
+
+
 class NothingToMergeError(FxMergeError, LookupError):
     """The network holds nothing that could be merged, for the reasons that its refusals give."""
 
@@ -68,6 +85,10 @@ class BudgetError(FxMergeError, ValueError):
 
 class PlanError(FxMergeError, ValueError):
     """A plan (or another of our files) is damaged, or of a format that this version does not read."""
+
+
+class StoreError(FxMergeError, OSError):
+    """A store cannot be opened, read or written: no such folder, read-only, a full disk, a damaged or foreign file."""
 
 
 class PlanMismatchError(PlanError):

@@ -17,6 +17,7 @@ from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import BudgetError
 from fxmerge.measure.calibration import Batch
 from fxmerge.measure.reconstruction import Reconstruction
+from fxmerge.measure.store import Store, Trial, digest
 from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
@@ -33,7 +34,18 @@ def build_networks(findings: Findings, plan: Plan, weights: Mapping[str, Affine]
 
 @dataclass(frozen=True)
 class Search:
-    """Find the plan whose *measured* latency meets the budget."""
+    """Find the plan whose *measured* latency meets the budget.
+
+    Args:
+        findings: of the traced graph.
+        front: the plans.
+        original: the folded original.
+        arguments: example inputs.
+        target: where and how it runs.
+        tolerance: how far over the budget the measured latency may be, as a fraction of it.
+        timer: what measures whole networks; None for :func:`fxmerge.compare`.
+        kept: a store, and in it the digest of the study that the front is of; every plan measured is written there.
+    """
 
     findings: Findings
     front: ParetoFront
@@ -42,12 +54,17 @@ class Search:
     target: Target
     tolerance: float
     timer: Timer | None = None
+    kept: tuple[Store, str] | None = None
 
     def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
         """The folded original and the merged network of a plan, timed in turn."""
         _, merged = build_networks(self.findings, plan, {})
         modules = [Timed(self.original, self.arguments), Timed(merged, self.arguments)]
         original, found = (self.timer or compare)(modules, target=self.target)
+        if self.kept is not None:
+            store, study = self.kept
+            trial = Trial(plan.latency_ns or 0, original.median_ns, found.median_ns)
+            store.add_trial(study, digest(plan.to_json()), trial)
         return original, found
 
     def best_exact(self) -> tuple[Plan, tuple[Measurement, Measurement]]:

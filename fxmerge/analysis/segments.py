@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -12,6 +13,7 @@ from fxmerge.core.expression import Expression
 from fxmerge.core.region import Chain, Unit
 from fxmerge.core.segment import Reason, Refusal, Segment
 from fxmerge.graph.meta import facts
+from fxmerge.graph.portable import Portable, pack
 from fxmerge.graph.query import between, fingerprint, is_data
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Verdict, default_operators, read_expression
@@ -40,6 +42,17 @@ class Findings:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.graph)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _put_together, (pack(self.graph), self.region, self.segments, self.refusals, self.operators)
+
+
+def _put_together(
+    graph: Portable, region: Unit, segments: tuple[Segment, ...], refusals: tuple[Refusal, ...], operators: Operators
+) -> Findings:
+    """Findings in another process."""
+    unpacked = graph.unpack()
+    return Findings(unpacked, region, segments, refusals, operators, operators.verdicts(unpacked))
 
 
 def find_segments(graph: GraphModule, *, operators: Operators | None = None, max_units: int = 8, max_extent: int = 63) -> Findings:

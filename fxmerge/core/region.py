@@ -8,8 +8,11 @@ units of one chain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from fxmerge.errors import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,28 @@ class Unit:
             for unit in child.units:
                 yield from unit.walk()
 
+    def to_json(self) -> dict[str, Any]:
+        """A value that ``json`` can write and :meth:`from_json` reads back."""
+        chains = [{"cuts": list(chain.cuts), "units": [unit.to_json() for unit in chain.units]} for chain in self.children]
+        return {"end": self.end, "nodes": list(self.nodes), "children": chains}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Unit:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: it is not such a value.
+        """
+        try:
+            chains = [
+                Chain(_names(chain["cuts"]), tuple(cls.from_json(unit) for unit in chain["units"])) for chain in data["children"]
+            ]
+            return cls(_names([data["end"]])[0], _names(data["nodes"]), tuple(chains))
+        except (KeyError, TypeError, ValueError, RecursionError) as fault:
+            if isinstance(fault, PlanError):
+                raise
+            raise PlanError(f"not a region: {fault!r}") from fault
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -51,3 +76,9 @@ class Chain:
     def __post_init__(self) -> None:
         if len(self.cuts) != len(self.units) + 1:
             raise ValueError(f"{len(self.units)} units need {len(self.units) + 1} cuts, found {len(self.cuts)}")
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"expected a list of names, found {values!r:.80}")
+    return tuple(values)

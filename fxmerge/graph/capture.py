@@ -34,7 +34,7 @@ _ARGUMENT = re.compile(r"^L\['(\w+)'\]$")
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Collection[type[nn.Module]]) -> None:
+    def __init__(self, leaves: Collection[type[nn.Module]] = ()) -> None:
         super().__init__()
         self.leaves = leaves
         self.record_stack_traces = True

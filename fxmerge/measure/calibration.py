@@ -6,6 +6,7 @@ every image, as those do that have as many as the images (the argument of most d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -51,6 +52,28 @@ def as_batches(calibration: Any, graph: GraphModule, *, batch_size: int = 128, l
 def images_in(batch: Batch) -> int:
     """How many images a batch holds: the length of the argument of most dimensions."""
     return len(max((value for value in batch if isinstance(value, Tensor)), key=Tensor.dim))
+
+
+def in_parts(batches: Sequence[Batch], graph: GraphModule, images: int, *, limit: int | None = None) -> tuple[Batch, ...]:
+    """The same batches, cut so that none holds more images than this; arguments that are one for all images stay whole.
+
+    Args:
+        batches: from :func:`as_batches`.
+        graph: that they are for.
+        images: a batch, at most.
+        limit: how many images to take, from the first; None for all.
+    """
+    columns = _Columns(graph)
+    batched = [node in columns.batched for node in columns.holders]
+    left = math.inf if limit is None else limit
+    parts = []
+    for batch in batches:
+        count = int(min(images_in(batch), left))
+        for start in range(0, count, images):
+            stop = min(start + images, count)
+            parts.append(tuple(value[start:stop] if many else value for value, many in zip(batch, batched, strict=True)))
+        left -= count
+    return tuple(parts)
 
 
 class _Columns:

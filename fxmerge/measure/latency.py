@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from fxmerge.algebra.module import convolution, separate_padding
 from fxmerge.analysis.segments import Findings
@@ -26,7 +28,8 @@ from fxmerge.graph.edit import shape_after
 from fxmerge.graph.extract import extract, signature
 from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
-from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, compare
+from fxmerge.measure.store import Store, place_of
+from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, for_networks, versions
 from fxmerge.operators import Operators, default_operators
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
@@ -47,6 +50,7 @@ def measure_latency(
     *,
     target: Target | None = None,
     timer: Timer | None = None,
+    store: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
     """Measure every candidate, every unit that a candidate could replace, and the whole folded original.
@@ -57,6 +61,7 @@ def measure_latency(
         example_inputs: a tensor, or the tuple of arguments, of the batch and image size to measure for: those of the trace.
         target: device, dtype, layout, back end, threads; None for the CPU as it is.
         timer: what measures, single modules and the whole; None for :class:`InterleavedTimer` and :func:`compare`.
+        store: where measurements are written as they come; what it holds is not measured again.
         progress: called with (done, total) measurements.
 
     Returns:
@@ -73,12 +78,64 @@ def measure_latency(
     units: dict[str, str] = {}
     for unit, nodes in _replaceable_units(folded, findings.region, proposals):
         units[unit.end] = _enter(work, *extract(folded, nodes))
-    keys = [key for key, timed in work.items() if timed is not None]
-    found = (timer or InterleavedTimer())([work[key] for key in keys], target=target, progress=progress)  # type: ignore[misc]
-    whole = (timer or compare)([Timed(network, as_arguments(example_inputs))], target=target)[0]
-    measurements = dict(zip(keys, found, strict=True))
-    nothing = Measurement(0, 0, 0, target, whole.versions)
-    return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, whole)
+    parts = {key: timed for key, timed in work.items() if timed is not None}
+    measurements = _timed(parts, timer or InterleavedTimer(), target, store, progress)
+    whole = Timed(network, as_arguments(example_inputs))
+    [original] = _timed({_whole_key(whole): whole}, timer or for_networks(), target, store, None).values()
+    nothing = Measurement(0, 0, 0, target, original.versions)
+    return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, original)
+
+
+def _timed(
+    parts: Mapping[str, Timed], timer: Timer, target: Target, store: Store | None, progress: Callable[[int, int], None] | None
+) -> dict[str, Measurement]:
+    """A measurement for each part, by its key; those that the store holds are taken from it."""
+    if store is None:
+        return dict(zip(parts, timer(list(parts.values()), target=target, progress=progress), strict=True)) if parts else {}
+    place = place_of(target, versions(target))
+    found = store.latencies(place, target, list(parts))
+    missing = [key for key in parts if key not in found]
+    # All are timed in turn, their samples written round by round; a timer that keeps no log gets a few at a time.
+    logs = isinstance(timer, InterleavedTimer)
+    size = len(missing) if logs else _AT_A_TIME
+    for start in range(0, len(missing), max(1, size)):
+        some = missing[start : start + size]
+        logging = replace(timer, log=_Log(store, place, some)) if isinstance(timer, InterleavedTimer) else timer
+        measured = logging([parts[key] for key in some], target=target, progress=_shifted(progress, start, len(missing), logs))
+        for key, measurement in zip(some, measured, strict=True):
+            store.add_latency(place, key, measurement)
+    return store.latencies(place, target, list(parts))  # another process may have been first
+
+
+_AT_A_TIME = 16
+
+
+def _shifted(progress: Callable[[int, int], None] | None, done: int, total: int, whole: bool) -> Callable[[int, int], None] | None:
+    """The progress of some as that of all."""
+    if progress is None or whole:
+        return progress
+    return lambda part, of: progress(done + part * min(_AT_A_TIME, total - done) // max(1, of), total)
+
+
+@dataclass(frozen=True)
+class _Log:
+    """The samples of some works in a store."""
+
+    store: Store
+    place: str
+    works: Sequence[str]
+
+    def earlier(self, index: int) -> Sequence[int]:
+        return self.store.samples(self.place, self.works[index])
+
+    def add(self, samples: Mapping[int, tuple[int, int]]) -> None:
+        self.store.add_samples(self.place, {self.works[index]: sample for index, sample in samples.items()})
+
+
+def _whole_key(whole: Timed) -> str:
+    assert isinstance(whole.module, GraphModule)
+    sizes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in pytree.tree_leaves(whole.inputs)]
+    return f"whole: {signature(whole.module, ())} {sizes}"
 
 
 def _parts(findings: Findings) -> GraphModule:

@@ -19,13 +19,18 @@ class Bars:
     def __init__(self, show: bool) -> None:
         self.show = show
         self._bars: list[Any] = []
+        self._closing: list[Any] = []
 
     def __enter__(self) -> Bars:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for bar in self._bars:
-            bar.close()
+        for thing in (*self._bars, *self._closing):
+            thing.close()
+
+    def closing(self, thing: Any) -> None:
+        """Close this, too, at the end."""
+        self._closing.append(thing)
 
     def __call__(self, stage: str) -> Callable[[int, int], None]:
         """A callback (done, total) for one stage."""

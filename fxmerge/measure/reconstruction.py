@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,10 +26,11 @@ from fxmerge.core.expression import Expression
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal, Segment
-from fxmerge.core.table import Importance, ImportanceTable
+from fxmerge.core.table import Importance
 from fxmerge.errors import CalibrationError, PlanMismatchError
+from fxmerge.graph.meta import facts
 from fxmerge.graph.query import node_named
-from fxmerge.measure.calibration import Batch, as_batches, images_in
+from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.operators import read_maps
@@ -51,8 +52,10 @@ class Reconstruction:
         least_rows: at least so many positions.
         divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
+        coarse_images: of these, how many tell which candidates are worth measuring on all, where latencies are known.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
-        memory_bytes: bound on what the normal equations of one group of entries take together.
+        memory_bytes: bound on what the normal equations of one task take together; the tensors of one batch take a
+            quarter of it at most.
         seed: of the sampling of positions.
     """
 
@@ -61,43 +64,58 @@ class Reconstruction:
     least_rows: int = 16384
     divergence: Divergence | None = None
     score_images: int = 256
+    coarse_images: int = 16
     hopeless: float = 1.0
-    memory_bytes: int = 2 << 30
+    memory_bytes: int = 4 << 30
     seed: int = 0
 
-    def score(
-        self,
-        findings: Findings,
-        proposals: Sequence[Proposal],
-        batches: Sequence[Batch],
-        *,
-        progress: Progress | None = None,
-    ) -> ImportanceTable:
-        """The importance of every candidate.
+    @property
+    def settings(self) -> str:
+        """All options that decide a score; a divergence of one's own counts by its name."""
+        measure = self.divergence or divergence
+        name = f"{getattr(measure, '__module__', '')}.{getattr(measure, '__qualname__', repr(measure))}"
+        numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("divergence", "coarse_images")]
+        return f"reconstruction divergence={name} {' '.join(numbers)}"
 
-        Args:
-            findings: segments of the traced graph.
-            proposals: what to score.
-            batches: calibration inputs.
-            progress: called with (done, total) candidates.
+    def coarse(self) -> Reconstruction | None:
+        """This scorer with the divergence measured on ``coarse_images`` only."""
+        return replace(self, score_images=self.coarse_images) if self.coarse_images < self.score_images else None
 
-        Raises:
+    def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
+        """Neighbouring stretches, as many as the memory limit and the number of tasks wanted allow.
+
+        Warns:
+            UserWarning: candidates whose equations alone are over the memory limit; they are left out.
+        """
+        fitting = [Proposal(p.segment, tuple(c for c in p.candidates if _held_bytes(c) <= self.memory_bytes)) for p in proposals]
+        left_out = sum(len(p.candidates) for p in proposals) - sum(len(p.candidates) for p in fitting)
+        if left_out:
+            most = max(_held_bytes(c) for p in proposals for c in p.candidates)
+            warnings.warn(
+                f"{left_out} candidates have normal equations of more than memory_bytes={self.memory_bytes:,} and are not scored; "
+                f"the largest needs {most:,}",
+                stacklevel=2,
+            )
+        return _grouped([p for p in fitting if p.candidates], self.memory_bytes, at_least)
+
+    def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
+        """What scores the candidates of one task: one pass over the data for their weights, one for their scores.
+
+        Raises (when called):
             CalibrationError: the network rejects the calibration inputs, or gives NaN or infinity on them.
             InputError: its outputs say nothing of single images.
 
-        Warns:
+        Warns (when called):
             UserWarning: there is less data than there are weights to fit; the losses come out too low.
         """
         work = _Work(self, findings, batches)
-        total = sum(len(proposal.candidates) for proposal in proposals)
-        scores: dict[str, Importance] = {}
-        for group in work.groups(proposals):
-            maps = work.weights(group)
-            scores.update(work.scores(group, maps))
-            if progress is not None:
-                progress(len(scores), total)
-        work.warn_if_starved()
-        return ImportanceTable(scores)
+
+        def scoring(proposals: Sequence[Proposal]) -> dict[str, Importance]:
+            scores = work.scores(proposals, work.weights(proposals))
+            work.warn_if_starved()
+            return scores
+
+        return scoring
 
     def fit(
         self, findings: Findings, plan: Plan, batches: Sequence[Batch], *, progress: Progress | None = None
@@ -147,13 +165,23 @@ class _Work:
     folded: GraphModule = field(init=False)
     replay: Replay = field(init=False)
     starved: list[tuple[float, Candidate]] = field(init=False, default_factory=list)
+    worst_starved: float = field(init=False, default=1.0)
 
     def __post_init__(self) -> None:
         entries = frozenset(segment.entry for segment in self.findings.segments)
         self.folded = FoldBatchNorm(self.findings.operators, entries).apply(self.findings.graph)
         self.replay = Replay(self.folded)
+        if self.batches:
+            self.batches = in_parts(self.batches, self.folded, self._images_at_once())
         empty = torch.empty(0)
         self.like: Tensor = next((p for p in self.folded.parameters() if p.is_floating_point()), empty)
+
+    def _images_at_once(self) -> int:
+        """So many that all tensors of a batch fit into the memory limit."""
+        known = [facts(node) for node in self.folded.graph.nodes if facts(node).shape]
+        batch = max((known_of.shape[0] for known_of in known if known_of.shape and len(known_of.shape) > 2), default=1)
+        one = sum(math.prod(k.shape or ()) * (k.dtype.itemsize if k.dtype else 4) for k in known) // max(1, batch)
+        return max(1, self.options.memory_bytes // max(1, 4 * one))
 
     def original(self, batch: Batch, *, last: str | None = None) -> dict[Node, Any]:
         """The values of the original network, up to a node or all."""
@@ -185,29 +213,6 @@ class _Work:
             )
         return {merge.id: found[merge.entry, merge.end] for merge in plan.merges}
 
-    def groups(self, proposals: Sequence[Proposal]) -> Iterator[list[Proposal]]:
-        """Proposals in their order, as many at a time as the memory limit allows."""
-        group: list[Proposal] = []
-        held: dict[_Key, int] = {}
-        for proposal in proposals:
-            sizes = {**held, **{k: max(v, held.get(k, 0)) for k, v in self._sizes(proposal).items()}}
-            if group and sum(sizes.values()) > self.options.memory_bytes:
-                yield group
-                group, sizes = [], self._sizes(proposal)
-            group.append(proposal)
-            held = sizes
-        if group:
-            yield group
-
-    def _sizes(self, proposal: Proposal) -> dict[_Key, int]:
-        sizes: dict[_Key, int] = {}
-        for candidate in proposal.candidates:
-            if candidate.kind == "fitted":
-                # The Gram matrix of the largest kernel, its factor, and the weights that are solved for.
-                m = unknowns(candidate.geometry)
-                sizes[_key(candidate)] = 3 * 8 * candidate.geometry.groups * m * m
-        return sizes
-
     def weights(self, proposals: Sequence[Proposal]) -> dict[str, Affine]:
         """Weights for every candidate that has any."""
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
@@ -221,7 +226,9 @@ class _Work:
     def warn_if_starved(self) -> None:
         """Warn where a filter has more weights than the data has positions: it can fit them by heart."""
         ratio, worst = max(self.starved, key=lambda entry: entry[0], default=(0.0, None))
-        if worst is not None and ratio > 1:
+        self.starved.clear()
+        if worst is not None and ratio > self.worst_starved:
+            self.worst_starved = ratio
             images = sum(map(images_in, self.batches))
             warnings.warn(
                 f"{images} calibration images are too few: {worst.id} has {ratio:.1f} times as many weights a filter as they have "
@@ -315,9 +322,7 @@ class _Work:
         sums = dict.fromkeys(pending, 0.0)
         images = 0
         with torch.inference_mode():
-            for batch in self.batches:
-                if images >= self.options.score_images:
-                    break
+            for batch in in_parts(self.batches, self.folded, self._images_at_once(), limit=self.options.score_images):
                 env = self.original(batch)
                 reference = env[self.replay.output]
                 images += images_in(batch)
@@ -355,6 +360,35 @@ def _key(candidate: Candidate) -> _Key:
     return candidate.entry, geometry.stride, tuple(axis.excess for axis in geometry.axes), geometry.groups
 
 
+def _held_bytes(candidate: Candidate) -> int:
+    """What the normal equations of a candidate take: the Gram matrix, its factor, and the weights that are solved for."""
+    if candidate.kind != "fitted":
+        return 0
+    m = unknowns(candidate.geometry)
+    return 3 * 8 * candidate.geometry.groups * m * m
+
+
+def _grouped(proposals: Sequence[Proposal], memory_bytes: int, at_least: int) -> list[list[Proposal]]:
+    """Proposals in their order, in groups within a memory limit and of about the same number of candidates."""
+    most = math.ceil(sum(len(p.candidates) for p in proposals) / max(1, at_least))
+    groups: list[list[Proposal]] = []
+    held: dict[_Key, int] = {}
+    for proposal in proposals:
+        own = {_key(c): 0 for c in proposal.candidates if c.kind == "fitted"}
+        for candidate in proposal.candidates:
+            if candidate.kind == "fitted":
+                own[_key(candidate)] = max(own[_key(candidate)], _held_bytes(candidate))
+        both = {key: max(held.get(key, 0), own.get(key, 0)) for key in {**held, **own}}
+        full = groups and sum(len(p.candidates) for p in groups[-1]) >= most
+        apart = groups and groups[-1][-1].segment.entry != proposal.segment.entry
+        if not groups or sum(both.values()) > memory_bytes or (full and apart):
+            groups.append([])
+            both = own
+        groups[-1].append(proposal)
+        held = both
+    return groups
+
+
 def _require_finite(name: str, value: Tensor) -> None:
     if not bool(torch.isfinite(value).all()):
         raise CalibrationError(f"the network gives NaN or infinity at {name} on the calibration inputs; check their preprocessing")
@@ -363,30 +397,6 @@ def _require_finite(name: str, value: Tensor) -> None:
 def _sane(loss: float) -> float:
     """A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
     return loss if math.isfinite(loss) and loss < 1e6 else 1e6
-
-
-def measure_importance(
-    findings: Findings,
-    proposals: Sequence[Proposal],
-    calibration: Any,
-    *,
-    scorer: Reconstruction | None = None,
-    progress: Progress | None = None,
-) -> ImportanceTable:
-    """The importance of every candidate, by closed-form reconstruction.
-
-    Args:
-        findings: segments of a traced graph.
-        proposals: what to score.
-        calibration: a few hundred inputs: a tensor, or an iterable of inputs or (input, label) pairs.
-        scorer: its options; None for the defaults.
-        progress: called with (done, total) candidates.
-
-    Raises:
-        CalibrationError: the calibration data cannot be used.
-    """
-    batches = as_batches(calibration, findings.graph)
-    return (scorer or Reconstruction()).score(findings, proposals, batches, progress=progress)
 
 
 def fit(

@@ -25,18 +25,21 @@ the cache together, come out up to a third too fast.
 from __future__ import annotations
 
 import copy
+import getpass
 import math
 import platform
 import statistics
+import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -64,6 +67,16 @@ class Timed:
     inputs: Inputs
 
 
+class SampleLog(Protocol):
+    """Where samples are written as they are taken, and read when a run goes on where another stopped."""
+
+    def earlier(self, index: int) -> Sequence[int]:
+        """The samples of a module, by its place among those given, that are there already; nanoseconds."""
+
+    def add(self, samples: Mapping[int, tuple[int, int]]) -> None:
+        """Write for each module of a round (the sample's number, nanoseconds)."""
+
+
 class Timer(Protocol):
     """What measures: one measurement for each module, in the order given; ``progress(done, total)`` hears of it."""
 
@@ -85,7 +98,10 @@ class InterleavedTimer:
         steady_spread: spread over median from which on a module is measured again.
         seed: of the noise that goes in.
         cuda_graphs: on a GPU, capture each module once and replay it; its buffers then live until the end.
+        log: where samples are kept as they come, so that a run that dies loses one round at most.
         clock: nanoseconds; CPU only, a GPU has its own.
+
+    Only one timer at a time runs on a device of a machine: another, in whatever process of this user, waits for it.
 
     Raises (when called):
         InputError: the target cannot be had here.
@@ -106,6 +122,7 @@ class InterleavedTimer:
     steady_spread: float = 0.15
     seed: int = 0
     cuda_graphs: bool = False
+    log: SampleLog | None = field(default=None, repr=False, compare=False)
     clock: Callable[[], int] = field(default=time.perf_counter_ns, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -118,17 +135,18 @@ class InterleavedTimer:
         tell = progress or (lambda done, total: None)
         total = len(modules) * (1 + self.rounds)
         subjects: list[_Subject] = []
-        with _settings(target):
+        with _settings(target), _alone_on(target.device):
             bench = _Bench(self, target, _noise(modules, target, self.seed))
             for index, timed in enumerate(modules):
                 subjects.append(bench.subject(index, timed))
                 tell(index + 1, total)
             for number in range(self.rounds):
-                bench.round([s for s in subjects if number * s.rounds % self.rounds < s.rounds], number)
+                due = [s for s in subjects if number * s.rounds % self.rounds < s.rounds]
+                bench.round([s for s in due if s.wants(number * s.rounds // self.rounds)], number)
                 tell(len(modules) * (2 + number), total)
             for number in range(self.rounds):
                 unsteady = [s for s in subjects if s.spread > self.steady_spread * s.median]
-                bench.round([s for s in unsteady if number < s.rounds], number)
+                bench.round([s for s in unsteady if number < s.rounds and s.wants(s.rounds + number)], number)
             facts = versions(target)
         return tuple(Measurement(s.median, s.spread, len(s.samples), target, facts) for s in subjects)
 
@@ -145,8 +163,12 @@ def compare(modules: Sequence[Timed], *, target: Target, rounds: int = 15) -> tu
         InputError: the target cannot be had here.
         MeasurementError: a network cannot be run.
     """
-    timer = InterleavedTimer(rounds=rounds, max_runs_per_sample=1, max_seconds_per_module=math.inf)
-    return timer(modules, target=target)
+    return for_networks(rounds)(modules, target=target)
+
+
+def for_networks(rounds: int = 15) -> InterleavedTimer:
+    """How whole networks are timed: one run a sample, as many samples as asked for."""
+    return InterleavedTimer(rounds=rounds, max_runs_per_sample=1, max_seconds_per_module=math.inf)
 
 
 @dataclass(eq=False)
@@ -161,6 +183,10 @@ class _Subject:
     burst: int = 1
     rounds: int = 1
     samples: list[int] = field(default_factory=list)
+
+    def wants(self, number: int) -> bool:
+        """Whether the sample of this number is still to be taken; an earlier run may have."""
+        return len(self.samples) <= number
 
     @property
     def median(self) -> int:
@@ -189,7 +215,8 @@ class _Bench:
             fresh = _copies(sources)
             if self.on_gpu and self.timer.cuda_graphs:
                 run, fresh = self._captured(run, sources)
-        subject = _Subject(index, name, run, fresh)
+        earlier = list(self.timer.log.earlier(index)) if self.timer.log is not None else []
+        subject = _Subject(index, name, run, fresh, samples=earlier)
         self._plan(subject, max(1, min(self._lap(subject) for _ in range(self.timer.warmup))))
         return subject
 
@@ -211,6 +238,8 @@ class _Bench:
                     laps[subject].append(self._lap(subject))
         for subject, ns in laps.items():
             subject.samples.append(math.ceil(statistics.median(ns)))
+        if self.timer.log is not None and order:
+            self.timer.log.add({subject.index: (len(subject.samples) - 1, subject.samples[-1]) for subject in order})
 
     def _lap(self, subject: _Subject) -> int:
         """Nanoseconds of a run, the freeing of its output included, the making of its input not."""
@@ -337,6 +366,15 @@ def _settings(target: Target) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _alone_on(device: str) -> Iterator[None]:
+    """Wait until no other timer of this user runs on this device of this machine, and keep others waiting."""
+    folder = Path(tempfile.gettempdir()) / f"fxmerge-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{device.replace(':', '-')}.lock"):
+        yield
 
 
 def _device(target: Target) -> torch.device:

@@ -43,7 +43,9 @@ def test_small_memory_means_more_groups_and_the_same_losses(found) -> None:  # t
     findings, proposals = found
     scorer = fxmerge.Reconstruction()
     whole = fxmerge.measure_importance(findings, proposals, images(32), scorer=scorer)
-    little = fxmerge.measure_importance(findings, proposals, images(32), scorer=dataclasses.replace(scorer, memory_bytes=1))
+    small = dataclasses.replace(scorer, memory_bytes=4_000_000)
+    assert len(small.tasks(findings, proposals, 1)) > len(scorer.tasks(findings, proposals, 1)) == 1
+    little = fxmerge.measure_importance(findings, proposals, images(32), scorer=small)
     for name, importance in whole.candidates.items():
         assert little.loss(name) == pytest.approx(importance.loss, rel=1e-3, abs=1e-7)
 

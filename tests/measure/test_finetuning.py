@@ -1,0 +1,105 @@
+"""Scorers that look at the network whole: the published one, and a function of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fxmerge
+from fxmerge.errors import InputError
+from fxmerge.measure.divergence import divergence
+from tests.small import images, network
+
+BATCHES = [(images(32, seed=s), torch.arange(32) % 5) for s in range(3)]
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[fxmerge.Findings, tuple[fxmerge.Proposal, ...]]:
+    findings = fxmerge.find_segments(fxmerge.trace(network(blocks=1), images(4)))
+    return findings, fxmerge.propose(findings)[2:6]
+
+
+def test_without_steps_the_published_scorer_tells_what_replacing_alone_costs(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    scorer = fxmerge.FineTuning(train=[], holdout=BATCHES, steps=0, metric="loss")
+    table = fxmerge.measure_importance(findings, proposals, images(32), scorer=scorer)
+    before = sum(scorer.loss(findings.graph(x), y).item() for x, y in BATCHES) / 3
+    composed = [c for p in proposals for c in p.candidates if c.kind != "fitted"]
+    assert composed
+    for candidate in composed:
+        plan = fxmerge.Plan(findings.fingerprint, (candidate,))
+        student = fxmerge.linearize(fxmerge.annotate(findings.graph, plan)).eval()
+        after = sum(scorer.loss(student(x), y).item() for x, y in BATCHES) / 3
+        assert table.loss(candidate.id) == pytest.approx(max(0.0, after - before), rel=1e-4, abs=1e-6)
+        assert table.candidates[candidate.id].samples == 96
+
+
+def test_steps_of_training_lower_the_loss_and_leave_the_original_alone(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    before = {name: p.clone() for name, p in findings.graph.named_parameters()}
+    losses = []
+    for steps in (0, 30):
+        scorer = fxmerge.FineTuning(train=BATCHES, holdout=BATCHES, steps=steps, learning_rate=0.02, metric="loss")
+        table = fxmerge.measure_importance(findings, proposals, images(32), scorer=scorer)
+        losses.append([table.loss(c.id) for p in proposals for c in p.candidates if not c.exact])
+    assert all(later <= first for first, later in zip(*losses, strict=True))
+    assert sum(losses[1]) < 0.5 * sum(losses[0])
+    assert all(torch.equal(p, before[name]) for name, p in findings.graph.named_parameters())
+
+
+def test_accuracy_is_the_part_that_is_right(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    right = [(x, findings.graph(x).argmax(1)) for x, _ in BATCHES]
+    scorer = fxmerge.FineTuning(train=[], holdout=right, steps=0)
+    table = fxmerge.measure_importance(findings, proposals, images(32), scorer=scorer)
+    worst = max(table.candidates.values(), key=lambda i: i.loss)
+    assert 0 < worst.loss <= 1
+    assert (worst.loss * 96) == pytest.approx(round(worst.loss * 96))
+
+
+def test_settings_tell_apart_what_gives_other_scores() -> None:
+    base = fxmerge.FineTuning(train=BATCHES, holdout=BATCHES)
+    others = [
+        dataclasses.replace(base, steps=3),
+        dataclasses.replace(base, metric="loss"),
+        dataclasses.replace(base, holdout=BATCHES[:1]),
+        dataclasses.replace(base, fit=fxmerge.Reconstruction(ridge=1.0)),
+    ]
+    assert len({scorer.settings for scorer in (base, *others)}) == 5
+    assert dataclasses.replace(base).settings == base.settings
+
+
+def test_a_function_of_ones_own_sees_the_merged_network(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    seen = []
+
+    def judge(original, merged, batches) -> float:  # type: ignore[no-untyped-def]
+        seen.append(sum(isinstance(m, torch.nn.Conv2d) for m in merged.modules()))
+        return divergence(original(*batches[0]), merged(*batches[0])).mean().item()
+
+    table = fxmerge.measure_importance(findings, proposals, images(32), scorer=fxmerge.Custom("mine", judge))
+    closed = fxmerge.measure_importance(findings, proposals, images(32))
+    candidates = [c for p in proposals for c in p.candidates if not c.exact]
+    assert len(seen) == len(candidates)
+    for candidate in candidates:
+        if closed.loss(candidate.id) < 1:  # above, closed-form scoring may have stopped early
+            assert table.loss(candidate.id) == pytest.approx(closed.loss(candidate.id), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("given", [float("nan"), -1.0, "much", None, True, torch.ones(2)])
+def test_a_function_that_gives_nonsense_is_told(found, given: object) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    scorer = fxmerge.Custom("mine", lambda *_: given)  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match="the scorer 'mine' gave .* expected a finite number from 0 on"):
+        fxmerge.measure_importance(findings, proposals, images(8), scorer=scorer)
+
+
+def test_bad_options_are_told() -> None:
+    with pytest.raises(InputError, match="\\(inputs, labels\\) pairs"):
+        fxmerge.FineTuning(train=[images(3)], holdout=BATCHES)  # type: ignore[list-item]
+    with pytest.raises(InputError, match="found none"):
+        fxmerge.FineTuning(train=[], holdout=BATCHES)
+    with pytest.raises(InputError, match="steps must be at least 0"):
+        fxmerge.FineTuning(train=BATCHES, holdout=BATCHES, steps=-1)

@@ -1,0 +1,106 @@
+"""Rough scores first: what no good plan wants is scored on few images, and the plans stay what they were."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import fxmerge
+from fxmerge.core.table import Importance, ImportanceTable
+from fxmerge.measure.latency import worthwhile
+from fxmerge.measure.screening import wanted
+from tests.fakes import PriceTimer
+from tests.small import images, network
+
+
+@pytest.fixture(scope="module")
+def tables():  # type: ignore[no-untyped-def]
+    findings = fxmerge.find_segments(fxmerge.trace(network(), images(4)))
+    latency = fxmerge.measure_latency(findings, fxmerge.propose(findings), images(4), timer=PriceTimer())
+    proposals = worthwhile(fxmerge.propose(findings), latency, findings.region)
+    whole = fxmerge.measure_importance(findings, proposals, images(64))
+    return findings, proposals, latency, whole
+
+
+def test_with_latencies_only_candidates_that_matter_are_scored_on_all_images(tables) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, latency, whole = tables
+    scorer = fxmerge.Reconstruction(score_images=64, coarse_images=8)
+    table = fxmerge.measure_importance(findings, proposals, images(64), scorer=scorer, latency=latency)
+    assert list(table.candidates) == list(whole.candidates)
+    samples = {name: found.samples for name, found in table.candidates.items()}
+    assert {8, 64} <= set(samples.values()) <= {0, 8, 64}
+    for name, found in table.candidates.items():
+        if found.samples == 64:
+            assert found.loss == pytest.approx(whole.loss(name), rel=1e-3, abs=1e-7)
+    candidates = [c for p in proposals for c in p.candidates]
+    fronts = [fxmerge.solve(findings.region, candidates, latency, t, findings.fingerprint) for t in (table, whole)]
+    for budget in (0.9, 0.7, 0.5):
+        rough, exact = (front.pick(int(front.original_ns * budget)) for front in fronts)
+        assert sum(whole.loss(c.id) for c in rough.merges) <= 1.1 * exact.loss + 1e-6
+
+
+def test_what_the_rough_front_takes_is_wanted_and_what_is_beaten_by_far_is_not(tables) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, latency, whole = tables
+    kept = wanted(findings.region, proposals, latency, whole, findings.fingerprint)
+    candidates = [c for p in proposals for c in p.candidates]
+    front = fxmerge.solve(findings.region, candidates, latency, whole, findings.fingerprint)
+    inside = [i for i in range(len(front)) if front.losses[i] <= 2]
+    assert {c.id for i in inside for c in front.plan(i).merges} <= kept
+    assert len(kept) < len(candidates)
+    proposal = max(proposals, key=lambda p: len(p.candidates))
+    worse = {c.id: Importance(1.5, 8, "made up") for c in proposal.candidates}
+    best = min(proposal.candidates, key=lambda c: latency.candidate_ns(c.id))
+    worse[best.id] = Importance(0.001, 8, "made up")
+    table = ImportanceTable({**whole.candidates, **worse})
+    kept = wanted(findings.region, proposals, latency, table, findings.fingerprint)
+    assert not kept & ({c.id for c in proposal.candidates} - {best.id})
+
+
+def test_candidates_too_large_for_the_memory_are_left_out_and_told(tables) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, latency, whole = tables
+    small = fxmerge.Reconstruction(memory_bytes=300_000)
+    with pytest.warns(UserWarning, match="candidates have normal equations of more than memory_bytes=300,000"):
+        table = fxmerge.measure_importance(findings, proposals, images(64), scorer=small)
+    assert 0 < len(table.candidates) < len(whole.candidates)
+    for name in table.candidates:
+        assert table.loss(name) == pytest.approx(whole.loss(name), rel=1e-3, abs=1e-6)
+    candidates = [c for p in proposals for c in p.candidates]
+    assert len(fxmerge.solve(findings.region, candidates, latency, table, findings.fingerprint)) >= 1
+
+
+def test_no_batch_takes_more_than_its_share_of_memory(tables, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, _, whole = tables
+    seen = []
+    real = fxmerge.measure.reconstruction.Replay.values
+
+    def values(self, arguments, **options):  # type: ignore[no-untyped-def]
+        seen.append(len(arguments[0]))
+        return real(self, arguments, **options)
+
+    monkeypatch.setattr(fxmerge.measure.reconstruction.Replay, "values", values)
+    some = [p for p in proposals if all(c.kind != "fitted" for c in p.candidates)] or proposals[:1]
+    some = [fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.kind != "fitted")) for p in proposals][:2]
+    table = fxmerge.measure_importance(findings, some, images(64), scorer=fxmerge.Reconstruction(memory_bytes=2_000_000))
+    assert max(seen) <= 64 // 4
+    for name in table.candidates:
+        assert table.loss(name) == pytest.approx(whole.loss(name), rel=1e-3, abs=1e-6)
+
+
+def test_tasks_hold_every_candidate_once(tables) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, _, _ = tables
+    for at_least in (1, 4, 1000):
+        tasks = fxmerge.Reconstruction().tasks(findings, proposals, at_least)
+        assert [c for task in tasks for p in task for c in p.candidates] == [c for p in proposals for c in p.candidates]
+    assert len(fxmerge.Reconstruction().tasks(findings, proposals, 4)) > 2
+
+
+def test_the_settings_name_all_that_decides_a_score() -> None:
+    base = fxmerge.Reconstruction()
+    changed = [
+        dataclasses.replace(base, **{name: value})
+        for name, value in {"ridge": 1.0, "rows_per_unknown": 3, "least_rows": 5, "score_images": 7, "seed": 9}.items()
+    ]
+    assert len({scorer.settings for scorer in (base, *changed)}) == 6
+    assert dataclasses.replace(base, coarse_images=3).settings == base.settings
+    assert "0x" not in dataclasses.replace(base, divergence=fxmerge.measure.divergence.divergence).settings
