@@ -22,6 +22,7 @@ from torch import Tensor
 import fxmerge
 from benchmarks.networks import accuracy, cifar10, cifar_resnet
 from fxmerge.search import Search, build_networks
+from fxmerge.survey import Survey
 
 SPACES = {
     "fitted (ours)": "joint",
@@ -61,38 +62,34 @@ def run(name: str, images: int, speedups: list[float]) -> str:
         latency = fxmerge.measure_latency(findings, proposals, (example,))
     useful = fxmerge.worthwhile(proposals, latency, findings.region)
     with _timed(costs, "measure importance"):
-        importance = fxmerge.measure_importance(findings, useful, calibration)
+        importance = fxmerge.measure_importance(findings, useful, calibration, latency=latency)
     rows: list[tuple[object, ...]] = [
         ("original, folded", "1.00", "1.00", "1.00", f"{accuracy(network, test_x, test_y):.2f}", "", "")
     ]
     for label, space in SPACES.items():
         offered = {c.id for p in fxmerge.propose(findings, fxmerge.Space.named(space)) for c in p.candidates}
-        candidates = [c for p in useful for c in p.candidates if c.id in offered]
-        with _timed(costs, "solve"):
-            front = fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint)
-        search = Search(findings, front, fxmerge.baseline(graph), (example,), fxmerge.Target(), tolerance=0.03)
-        rows += [_row(label, speedup, search, calibration, test_x, test_y, costs) for speedup in speedups]
+        batches = fxmerge.as_batches(calibration, graph)
+        some = tuple(fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.id in offered)) for p in useful)
+        found = Survey(name, findings, some, batches, latency, importance, (example,), fxmerge.Target())
+        rows += [_row(label, speedup, Search(found, 0.03), test_x, test_y, costs) for speedup in speedups]
     heads = ("candidates", "asked", "predicted", "measured", "top-1, no training", "convolutions", "merges")
     return "\n\n".join(
         (_title(name, images), tabulate(rows, heads, "github", disable_numparse=True), _costs(costs, latency, useful))
     )
 
 
-def _row(
-    label: str, speedup: float, search: Search, calibration: Tensor, test_x: Tensor, test_y: Tensor, costs: dict[str, float]
-) -> tuple[object, ...]:
+def _row(label: str, speedup: float, search: Search, test_x: Tensor, test_y: Tensor, costs: dict[str, float]) -> tuple[object, ...]:
+    with _timed(costs, "solve"):
+        assert len(search.front)
     try:
         found = search.within(1 / speedup, None, 4, lambda done, total: None)
     except fxmerge.BudgetError as refusal:
         fastest = search.measure(search.front.plan(0))
         return label, f"{speedup:.2f}", "", f"cannot; fastest {fastest[0].median_ns / refusal.fastest_ns:.2f}", "", "", ""
     with _timed(costs, "fit (several plans a row)"):
-        batches = fxmerge.as_batches(calibration, search.findings.graph)
-        plan, measured, weights = search.best_near(
-            found, 1 / speedup, None, fxmerge.Reconstruction(), batches, lambda done, total: None
-        )
+        plan, measured, weights = search.best_near(found, 1 / speedup, None, fxmerge.Reconstruction(), lambda done, total: None)
     with _timed(costs, "fuse"):
-        _, merged = build_networks(search.findings, plan, weights)
+        _, merged = build_networks(search.found.findings, plan, weights)
     convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in merged.modules())
     return (
         label,

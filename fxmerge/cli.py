@@ -1,4 +1,4 @@
-"""The same verbs from a shell: ``fxmerge inspect``, ``fxmerge compress``, ``fxmerge demo``."""
+"""The same verbs from a shell: ``fxmerge inspect``, ``compress``, ``measure``, ``solve``, ``front``, ``demo``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.analysis.plot import plot_front
+from fxmerge.budget import budget_ns
 from fxmerge.data import in_a_line, read_images
 from fxmerge.errors import FxMergeError, InputError
+from fxmerge.measure.progress import Bars
+from fxmerge.measure.store import Study, Trial
+from fxmerge.survey import survey
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,17 +56,30 @@ def _parser() -> argparse.ArgumentParser:
 
     compress = verbs.add_parser("compress", help="compress a model to a latency budget")
     _model_options(compress)
-    compress.add_argument("--data", help="an ImageFolder directory, or NAME:ROOT of a torchvision data set on disk (CIFAR10:/data)")
-    compress.add_argument("--mean", type=float, nargs="+", help="subtracted from images in 0..1 (default: ImageNet's)")
-    compress.add_argument("--std", type=float, nargs="+", help="... which are divided by this")
-    compress.add_argument("--images", type=int, default=512, help="calibration images to take (default %(default)s)")
+    _measuring_options(compress)
     compress.add_argument("--speedup", type=float, help="how many times faster than the folded original")
     compress.add_argument("--fraction", type=float, help="or: which part of its latency may remain")
     compress.add_argument("--latency-ms", type=float, help="or: milliseconds")
     compress.add_argument("--exact", action="store_true", help="keep the function; needs no data and no budget")
-    compress.add_argument("--space", default="joint", choices=("joint", "composed", "activations", "layers"))
     compress.add_argument("--out", required=True, type=Path, help="directory to write plan, weights and report to")
     compress.set_defaults(run=_compress)
+
+    measure = verbs.add_parser("measure", help="measure all candidates of a model into a store; run again, it goes on")
+    _model_options(measure)
+    _measuring_options(measure)
+    measure.set_defaults(run=_measure, exact=False)
+
+    solve = verbs.add_parser("solve", help="make a plan from a store, without the model")
+    _store_options(solve)
+    solve.add_argument("--budget", required=True, help="1.5x (faster), 60%% (of the latency), or 12.5ms")
+    solve.add_argument("--out", type=Path, help="file to write the plan to (JSON)")
+    solve.set_defaults(run=_solve)
+
+    front = verbs.add_parser("front", help="print or draw every plan worth having of a store, and what was measured")
+    _store_options(front)
+    front.add_argument("--budget", help="mark the plan for this budget, as for solve")
+    front.add_argument("--plot", type=Path, help="picture to draw: .png, .svg or .pdf (needs matplotlib)")
+    front.set_defaults(run=_front)
 
     demo = verbs.add_parser("demo", help="train, compress and fine-tune a small network on real handwritten digits")
     demo.add_argument("--out", type=Path, default=Path("fxmerge-demo"), help="directory to write to (default %(default)s)")
@@ -77,6 +96,24 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="batch size to measure for (default %(default)s)")
 
 
+def _measuring_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="an ImageFolder directory, or NAME:ROOT of a torchvision data set on disk (CIFAR10:/data)")
+    parser.add_argument("--mean", type=float, nargs="+", help="subtracted from images in 0..1 (default: ImageNet's)")
+    parser.add_argument("--std", type=float, nargs="+", help="... which are divided by this")
+    parser.add_argument("--images", type=int, default=512, help="calibration images to take (default %(default)s)")
+    parser.add_argument("--space", default="joint", choices=("joint", "composed", "activations", "layers"))
+    parser.add_argument("--store", type=Path, required=parser.prog.endswith("measure"), help="file that keeps every measurement")
+    parser.add_argument("--executor", default="local", choices=("local", "processes", "ray"), help="where importance is measured")
+    parser.add_argument("--workers", type=int, default=2, help="how many processes (default %(default)s)")
+
+
+def _store_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE", type=Path, help="file filled by measure, or by compress --store")
+    parser.add_argument("--study", type=int, help="which of the networks in it (default: the latest)")
+    parser.add_argument("--space", default="joint", choices=("joint", "activations", "layers"))
+    parser.add_argument("--objective", default="additive-loss", choices=("additive-loss", "layermerge"))
+
+
 def _inspect(options: argparse.Namespace) -> None:
     _check_numbers(options)
     graph = fxmerge.trace(_load_model(options), _example(options))
@@ -84,26 +121,74 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
+    measuring = _measuring(options)
+    _make_folder(options.out)
+    budget = {"speedup": options.speedup, "fraction": options.fraction, "latency_ms": options.latency_ms}
+    result = fxmerge.compress(**measuring, **budget, exact=options.exact, progress=True)
+    result.save(options.out)
+    print(result.report())  # noqa: T201
+
+
+def _measure(options: argparse.Namespace) -> None:
+    with Bars(True) as bars:
+        found = survey(**_measuring(options), bars=bars)
+    front = fxmerge.solve(found.findings.region, found.candidates, found.latency, found.importance, found.findings.fingerprint)
+    print(fxmerge.explain(front))  # noqa: T201
+
+
+def _measuring(options: argparse.Namespace) -> dict[str, Any]:
+    """What both verbs that measure give on."""
     if options.data is None and not options.exact:
-        raise InputError("give --data (unlabelled images to calibrate on), or --exact")
+        raise InputError("give --data (unlabelled images to calibrate on)" + (", or --exact" if "speedup" in options else ""))
     _check_numbers(options)
     model = _load_model(options)
     images = None if options.exact else _images(options)
     example = _example(options) if images is None else images[torch.arange(options.batch) % len(images)]
-    _make_folder(options.out)
-    result = fxmerge.compress(
-        model,
-        example,
-        speedup=options.speedup,
-        fraction=options.fraction,
-        latency_ms=options.latency_ms,
-        exact=options.exact,
-        calibration=images,
-        space=options.space,
-        progress=True,
+    executor = fxmerge.Processes(workers=options.workers) if options.executor == "processes" else options.executor
+    given = {"model": model, "example_inputs": example, "calibration": images, "space": options.space}
+    return {**given, "store": options.store, "executor": executor}
+
+
+def _solve(options: argparse.Namespace) -> None:
+    study, front, _ = _read(options)
+    plan = front.pick(budget_ns(options.budget, front.original_ns))
+    if options.out is not None:
+        plan.save(options.out)
+    print(fxmerge.explain(plan, latency=study.latency, importance=study.importance))  # noqa: T201
+
+
+def _front(options: argparse.Namespace) -> None:
+    study, front, trials = _read(options)
+    plan = front.pick(budget_ns(options.budget, front.original_ns)) if options.budget else None
+    if options.plot is not None:
+        # A trial's latency is shown relative to the original timed beside it: the machine may have been slower that day.
+        scaled = [(trial.merged_ns * front.original_ns // trial.original_ns, trial.loss) for trial in trials]
+        plot_front(front, options.plot, picked=plan or (), measured=scaled, title=study.name)
+    print(fxmerge.explain(front))  # noqa: T201
+    if trials:
+        print(f"\n{_trials(trials)}")  # noqa: T201
+
+
+def _read(options: argparse.Namespace) -> tuple[Study, fxmerge.ParetoFront, list[Trial]]:
+    with fxmerge.Store(options.store, read_only=True) as store:
+        study, trials = store.study(options.study), store.trials(options.study)
+    tables = (study.region, study.candidates, study.latency, study.importance, study.fingerprint)
+    return study, fxmerge.solve(*tables, space=options.space, objective=options.objective), trials
+
+
+def _trials(trials: Sequence[Trial]) -> str:
+    rows = [
+        (
+            f"{t.predicted_ns / 1e6:.3f}",
+            f"{t.merged_ns / 1e6:.3f}",
+            f"{t.original_ns / 1e6:.3f}",
+            f"{t.original_ns / t.merged_ns:.3f}x",
+        )
+        for t in trials
+    ]
+    return "Measured end to end\n" + tabulate(
+        rows, headers=("predicted ms", "ms", "original ms", "speed-up"), disable_numparse=True
     )
-    result.save(options.out)
-    print(result.report())  # noqa: T201
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -116,7 +201,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _check_numbers(options: argparse.Namespace) -> None:
     if len(options.size) > 2 or min(options.size) < 1:
         raise InputError(f"--size takes one or two positive numbers, found {' '.join(map(str, options.size))}")
-    for name in ("batch", "channels", "images"):
+    for name in ("batch", "channels", "images", "workers"):
         value = getattr(options, name, 1)
         if value < 1:
             raise InputError(f"--{name} takes a positive number, found {value}")

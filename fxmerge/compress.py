@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.analysis.candidates import Space, propose
-from fxmerge.analysis.segments import Findings, find_segments
+from fxmerge.analysis.candidates import Space
+from fxmerge.budget import asked_fraction
 from fxmerge.core.plan import ParetoFront, Plan
-from fxmerge.core.segment import Proposal
-from fxmerge.core.table import ImportanceTable, LatencyTable, Measurement, Target
-from fxmerge.errors import CalibrationError, InputError, NothingToMergeError
-from fxmerge.graph.trace import as_arguments, trace
-from fxmerge.measure.calibration import Batch, as_batches
-from fxmerge.measure.executors import Executor, as_executor
-from fxmerge.measure.latency import baseline, measure_latency, worthwhile
+from fxmerge.core.table import Measurement, Target
+from fxmerge.errors import InputError
+from fxmerge.measure.executors import Executor
+from fxmerge.measure.latency import baseline
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.scoring import Scorer, score
-from fxmerge.measure.store import Store, Study
+from fxmerge.measure.scoring import Scorer
+from fxmerge.measure.store import Store
 from fxmerge.measure.timer import Timer
-from fxmerge.operators import Map, Operators
+from fxmerge.operators import Operators
 from fxmerge.result import Result
 from fxmerge.search import Search, build_networks
-from fxmerge.solve.frontier import solve_tables
+from fxmerge.survey import Survey, own_random_numbers, survey
 from fxmerge.testing import assert_equivalent
-
-log = logging.getLogger(__name__)
 
 
 def compress(
@@ -90,103 +81,56 @@ def compress(
         NothingToMergeError: the network holds no convolution.
         BudgetError: no plan meets the budget; carries the fastest latency there is.
     """
-    arguments = as_arguments(example_inputs)
-    asked = None if exact else _asked_fraction(speedup, fraction, latency_ms)
+    asked = None if exact else asked_fraction(speedup, fraction, latency_ms)
     _check_search(tolerance, corrections)
-    target = _target(target, arguments)
-    space = _space("exact" if exact else space)
     # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
-    with torch.inference_mode(False), _own_random_numbers(target), Bars(progress) as bars:
-        graph = trace(model, example_inputs, leaves=operators.modules if operators else ())
-        batches = () if exact else _calibration(calibration, graph)
-        findings = find_segments(graph, operators=operators)
-        proposals = _offered(findings, space)
-        kept = _opened(store, bars)
-        latency = measure_latency(findings, proposals, arguments, target=target, timer=timer, store=kept, progress=bars("latency"))
-        proposals = worthwhile(proposals, latency, findings.region)
-        importance = score(
-            findings,
-            proposals,
-            batches,
-            scorer=scorer or Reconstruction(),
-            latency=latency,
-            store=kept,
-            executor=as_executor(executor),
-            progress=bars("importance"),
+    with torch.inference_mode(False), Bars(progress) as bars:
+        found = survey(
+            model,
+            example_inputs,
+            calibration=calibration,
+            exact=exact,
+            space=space,
+            target=target,
+            timer=timer,
+            scorer=scorer,
+            store=store,
+            executor=executor,
+            operators=operators,
+            bars=bars,
         )
-        candidates = tuple(candidate for proposal in proposals for candidate in proposal.candidates)
-        front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
-        study = Study(type(model).__name__, findings.fingerprint, findings.region, candidates, latency, importance)
-        original = baseline(graph, operators=findings.operators)
-        search = Search(
-            findings, front, original, arguments, target, tolerance, timer, (kept, kept.add_study(study)) if kept else None
-        )
-        weights: Mapping[str, Affine] = {}
-        if exact:
-            plan, measured = search.best_exact()
-        else:
-            tried = search.within(asked, latency_ms, corrections, bars("budget"))
-            fitter = scorer if isinstance(scorer, Reconstruction) else Reconstruction()
-            plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter, batches, bars("fit"))
-        return build(findings, plan, weights, front, proposals, latency, importance, measured, arguments)
+        with own_random_numbers(found.target):
+            search = Search(found, tolerance, timer)
+            weights: Mapping[str, Affine] = {}
+            if exact:
+                plan, measured = search.best_exact()
+            else:
+                tried = search.within(asked, latency_ms, corrections, bars("budget"))
+                fitter = scorer if isinstance(scorer, Reconstruction) else Reconstruction()
+                plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter, bars("fit"))
+            return build(found, search.front, plan, weights, measured)
 
 
 def build(
-    findings: Findings,
-    plan: Plan,
-    weights: Mapping[str, Affine],
-    front: ParetoFront,
-    proposals: Sequence[Proposal],
-    latency: LatencyTable,
-    importance: ImportanceTable,
-    measured: tuple[Measurement, Measurement],
-    arguments: tuple[Any, ...],
+    found: Survey, front: ParetoFront, plan: Plan, weights: Mapping[str, Affine], measured: tuple[Measurement, Measurement]
 ) -> Result:
     """Student and merged network of a plan, checked against each other, with all that led to them."""
-    student, merged = build_networks(findings, plan, weights)
-    assert_equivalent(student, merged, [arguments])
+    student, merged = build_networks(found.findings, plan, weights)
+    assert_equivalent(student, merged, [found.arguments])
     return Result(
         model=merged,
         student=student,
         plan=plan,
         front=front,
-        findings=findings,
-        proposals=tuple(proposals),
-        baseline=baseline(findings.graph, operators=findings.operators),
-        latency=latency,
-        importance=importance,
+        findings=found.findings,
+        proposals=found.proposals,
+        baseline=baseline(found.findings.graph, operators=found.findings.operators),
+        latency=found.latency,
+        importance=found.importance,
         measured=measured,
-        example_inputs=arguments,
+        example_inputs=found.arguments,
         weights=dict(weights),
     )
-
-
-def _opened(store: Store | str | os.PathLike[str] | None, context: Bars) -> Store | None:
-    """The store, closed with the context where it is opened here."""
-    if store is None or isinstance(store, Store):
-        return store
-    opened = Store(store)
-    context.closing(opened)
-    return opened
-
-
-def _asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:
-    """The budget as a fraction of the folded original's latency; None where it is absolute."""
-    given = {"speedup": speedup, "fraction": fraction, "latency_ms": latency_ms}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        found = " and ".join(named) or "none"
-        raise InputError(f"give one budget, speedup=, fraction= or latency_ms= (or exact=True); found {found}")
-    value = given[named[0]]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{named[0]} must be a positive number, found {value!r}")
-    if not 1e-9 <= value <= 1e12:
-        raise InputError(f"{named[0]} must be between 1e-9 and 1e12, found {value!r:.20}")
-    if speedup is not None and speedup < 1:
-        raise InputError(f"speedup must be at least 1, found {speedup}: nothing is made slower on request")
-    if fraction is not None and fraction > 1:
-        raise InputError(f"fraction must be above 0 and at most 1 (the part of the latency that may remain), found {fraction}")
-    return 1 / speedup if speedup is not None else fraction
 
 
 def _check_search(tolerance: float, corrections: int) -> None:
@@ -194,47 +138,3 @@ def _check_search(tolerance: float, corrections: int) -> None:
         raise InputError(f"tolerance must be a number from 0 on, found {tolerance!r}")
     if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
         raise InputError(f"corrections must be a whole number from 0 on, found {corrections!r}")
-
-
-def _space(space: Space | str) -> Space:
-    if isinstance(space, Space):
-        return space
-    try:
-        return Space.named(space)  # type: ignore[arg-type]
-    except (KeyError, TypeError) as fault:
-        names = "joint, composed, activations, layers or exact"
-        raise InputError(f"space must be an fxmerge.Space or one of {names}, found {space!r}") from fault
-
-
-def _own_random_numbers(target: Target) -> AbstractContextManager[Any]:
-    """Put the global generators back afterwards: new layers are initialised with their numbers."""
-    gpus = [target.device] if target.device.startswith("cuda") and torch.cuda.is_available() else []
-    generators: AbstractContextManager[Any] = torch.random.fork_rng(devices=gpus)
-    return generators
-
-
-def _target(given: Target | None, arguments: tuple[Any, ...]) -> Target:
-    """Where to measure: as asked, or where and in which dtype the inputs are."""
-    if isinstance(given, Target):
-        return given
-    if given is not None:
-        raise InputError(f"target must be an fxmerge.Target, such as Target(device='cpu'), found {given!r}")
-    first = next((a for a in arguments if isinstance(a, torch.Tensor)), torch.empty(0))
-    floating = first.dtype if first.is_floating_point() else torch.float32
-    return Target(device=first.device.type, dtype=str(floating).removeprefix("torch."))
-
-
-def _calibration(calibration: Any, graph: GraphModule) -> tuple[Batch, ...]:
-    if calibration is None:
-        raise CalibrationError("no calibration given: a few hundred unlabelled inputs are needed (or exact=True, which needs none)")
-    return as_batches(calibration, graph)
-
-
-def _offered(findings: Findings, space: Space) -> tuple[Proposal, ...]:
-    if not any(isinstance(v, Map) and v.role == "convolution" for v in findings.verdicts.values()):
-        reasons = "; ".join(sorted({str(refusal) for refusal in findings.refusals})[:5]) or "it is empty"
-        raise NothingToMergeError(f"the network holds no convolution that fxmerge can read: {reasons}")
-    proposals = propose(findings, space)
-    if not proposals:
-        warnings.warn("nothing can be merged in this network; the folded original is returned", stacklevel=3)
-    return proposals

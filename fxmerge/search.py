@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch.fx import GraphModule
@@ -13,15 +14,17 @@ from torch.fx import GraphModule
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import ParetoFront, Plan
-from fxmerge.core.table import Measurement, Target
+from fxmerge.core.table import Measurement
 from fxmerge.errors import BudgetError
-from fxmerge.measure.calibration import Batch
+from fxmerge.measure.latency import baseline
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.store import Store, Trial, digest
+from fxmerge.measure.store import Trial, digest
 from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
+from fxmerge.solve.frontier import solve_tables
+from fxmerge.survey import Survey
 
 log = logging.getLogger(__name__)
 
@@ -37,33 +40,33 @@ class Search:
     """Find the plan whose *measured* latency meets the budget.
 
     Args:
-        findings: of the traced graph.
-        front: the plans.
-        original: the folded original.
-        arguments: example inputs.
-        target: where and how it runs.
+        found: the network and its tables.
         tolerance: how far over the budget the measured latency may be, as a fraction of it.
         timer: what measures whole networks; None for :func:`fxmerge.compare`.
-        kept: a store, and in it the digest of the study that the front is of; every plan measured is written there.
     """
 
-    findings: Findings
-    front: ParetoFront
-    original: GraphModule
-    arguments: tuple[Any, ...]
-    target: Target
+    found: Survey
     tolerance: float
     timer: Timer | None = None
-    kept: tuple[Store, str] | None = None
+
+    @cached_property
+    def front(self) -> ParetoFront:
+        found = self.found
+        return solve_tables(found.findings.region, found.candidates, found.latency, found.importance, found.findings.fingerprint)
+
+    @cached_property
+    def original(self) -> GraphModule:
+        """With its batch norms folded."""
+        return baseline(self.found.findings.graph, operators=self.found.findings.operators)
 
     def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
         """The folded original and the merged network of a plan, timed in turn."""
-        _, merged = build_networks(self.findings, plan, {})
-        modules = [Timed(self.original, self.arguments), Timed(merged, self.arguments)]
-        original, found = (self.timer or compare)(modules, target=self.target)
-        if self.kept is not None:
-            store, study = self.kept
-            trial = Trial(plan.latency_ns or 0, original.median_ns, found.median_ns)
+        _, merged = build_networks(self.found.findings, plan, {})
+        modules = [Timed(self.original, self.found.arguments), Timed(merged, self.found.arguments)]
+        original, found = (self.timer or compare)(modules, target=self.found.target)
+        if self.found.kept is not None:
+            store, study = self.found.kept
+            trial = Trial(plan.latency_ns or 0, original.median_ns, found.median_ns, plan.loss)
             store.add_trial(study, digest(plan.to_json()), trial)
         return original, found
 
@@ -115,7 +118,6 @@ class Search:
         fraction: float | None,
         latency_ms: float | None,
         scorer: Reconstruction,
-        batches: Sequence[Batch],
         progress: Any,
         trials: int = 5,
     ) -> tuple[Plan, tuple[Measurement, Measurement], dict[str, Affine]]:
@@ -133,7 +135,7 @@ class Search:
         near = [plan, *(p for i in sorted(indices) if (p := self.front.plan(i)).merges != plan.merges)]
         scored = []
         for number, one in enumerate(near):
-            weights, loss = scorer.fit_and_score(self.findings, one, batches)
+            weights, loss = scorer.fit_and_score(self.found.findings, one, self.found.batches)
             scored.append((loss, number, one, weights))
             progress(number + 1, len(near))
         for loss, number, one, weights in sorted(scored, key=lambda entry: entry[:2]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+Closing = TypeVar("Closing")
 
 
 class Bars:
@@ -28,9 +30,10 @@ class Bars:
         for thing in (*self._bars, *self._closing):
             thing.close()
 
-    def closing(self, thing: Any) -> None:
-        """Close this, too, at the end."""
+    def closing(self, thing: Closing) -> Closing:
+        """Close this, too, at the end; gives it back."""
         self._closing.append(thing)
+        return thing
 
     def __call__(self, stage: str) -> Callable[[int, int], None]:
         """A callback (done, total) for one stage."""

@@ -46,7 +46,7 @@ CREATE TABLE study (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, content TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE trial (
     study TEXT NOT NULL, plan TEXT NOT NULL, predicted_ns INTEGER NOT NULL, original_ns INTEGER NOT NULL,
-    merged_ns INTEGER NOT NULL, at REAL NOT NULL);
+    merged_ns INTEGER NOT NULL, loss REAL NOT NULL, at REAL NOT NULL);
 """
 
 
@@ -96,6 +96,7 @@ class Trial:
     predicted_ns: int
     original_ns: int
     merged_ns: int
+    loss: float
 
 
 class Store:
@@ -255,15 +256,15 @@ class Store:
         """Write what a plan (a digest) of a study (a digest) was predicted and measured to take."""
         with self._writing() as connection:
             connection.execute(
-                "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?)",
-                (study, plan, trial.predicted_ns, trial.original_ns, trial.merged_ns, time.time()),
+                "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (study, plan, trial.predicted_ns, trial.original_ns, trial.merged_ns, trial.loss, time.time()),
             )
 
     def trials(self, number: int | None = None) -> list[Trial]:
         """What was measured end to end of a study's plans; of the latest study's, without a number."""
         with self._blame():
             rows = self._connection.execute(
-                "SELECT predicted_ns, original_ns, merged_ns FROM trial WHERE study = (SELECT digest FROM study WHERE id = "
+                "SELECT predicted_ns, original_ns, merged_ns, loss FROM trial WHERE study = (SELECT digest FROM study WHERE id = "
                 "coalesce(?, (SELECT max(id) FROM study))) ORDER BY at",
                 (number,),
             ).fetchall()

@@ -203,10 +203,10 @@ def test_a_study_gives_the_same_front_without_the_network(tmp_path: Path, found)
         key = store.add_study(study)
         assert store.add_study(study) == key
         assert store.studies() == [(1, "small")]
-        store.add_trial(key, "plan", Trial(3, 5, 4))
+        store.add_trial(key, "plan", Trial(3, 5, 4, 0.5))
     with Store(tmp_path / "tables.db", read_only=True) as store:
         read = store.study()
-        assert store.trials() == [Trial(3, 5, 4)]
+        assert store.trials() == [Trial(3, 5, 4, 0.5)]
         with pytest.raises(StoreError, match="holds no study 7; it holds 1 \\(small\\)"):
             store.study(7)
     assert read == study
