@@ -64,7 +64,8 @@ def _spread(x: Tensor, up: Sequence[int]) -> Tensor:
     if all(factor == 1 for factor in up):
         return x
     spread = x.new_zeros(*x.shape[:2], *(size * factor for size, factor in zip(x.shape[2:], up, strict=True)))
-    spread[(..., *(slice(None, None, factor) for factor in up))] = x
+    pixels: tuple[slice, ...] = (slice(None), slice(None), *(slice(None, None, factor) for factor in up))
+    spread[pixels] = x
     return spread
 
 

@@ -59,7 +59,7 @@ def _settings(geometry: Geometry) -> dict[str, Any]:
 
 def turned(weight: Tensor, groups: int) -> Tensor:
     """The weight (C_in, C_out/groups, *kernel) of a transposed convolution for (C_out, C_in/groups, *kernel), and the reverse."""
-    blocks = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    blocks: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return blocks.flip(tuple(range(2, blocks.dim())))
 
 

@@ -44,7 +44,6 @@ _ALIASES: Mapping[str, str] = {
     "clip": "clamp",
     "_native_batch_norm_legit_no_training": "batch_norm",
     "feature_dropout": "dropout2d",
-    "upsample": "interpolate",
     **{f"{name}{n}d": "interpolate" for name in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)},
 }
 

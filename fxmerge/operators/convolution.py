@@ -13,7 +13,7 @@ from fxmerge.algebra.module import turned
 from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.segment import Reason
 from fxmerge.graph.edit import put_module
-from fxmerge.graph.resizing import NEAREST
+from fxmerge.graph.resizing import nearest_factors
 from fxmerge.operators.base import Map, Opaque, Site, Verdict
 
 
@@ -74,10 +74,8 @@ class Nearest:
     """F.interpolate by nearest neighbours and whole factors: every pixel repeated."""
 
     def verdict(self, site: Site) -> Verdict:
-        factors = site.node.kwargs.get("scale_factor")
-        if site.node.kwargs.get("mode") not in NEAREST or not isinstance(factors, tuple) or len(factors) != site.dims:
-            return Opaque(detail="interpolate")
-        return Map(self._geometry(site))
+        factors = nearest_factors(site.node)
+        return Map(self._geometry(site)) if factors is not None and len(factors) == site.dims else Opaque(detail="interpolate")
 
     def affine(self, site: Site) -> Affine:
         geometry = self._geometry(site)
@@ -87,8 +85,8 @@ class Nearest:
         return
 
     def _geometry(self, site: Site) -> Geometry:
-        factors: Any = site.node.kwargs["scale_factor"]
-        return Geometry(site.channels, site.channels, tuple(Axis.nearest(int(factor)) for factor in factors), site.channels)
+        axes = tuple(map(Axis.nearest, nearest_factors(site.node) or ()))
+        return Geometry(site.channels, site.channels, axes, site.channels)
 
 
 class AveragePool:
