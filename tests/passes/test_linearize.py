@@ -77,6 +77,28 @@ class TestComposed:
             "relu_2 = relu(add)",
         ]
 
+    def test_what_an_upsampling_makes_too_much_of_a_halo_is_cropped_behind_it(self) -> None:
+        student = Bench("decoder").student("relu->relu_1 composed 4->3 4x4 u2x2")
+        assert text(student)[3:8] == [
+            "pad = pad(relu, (1, 1, 1, 1))",
+            "interpolate_3 = interpolate(pad)",
+            "interpolate = pad(interpolate_3, (-1, -1, -1, -1))",
+            "a = a(interpolate)",
+            "relu_1 = relu(a)",
+        ]
+
+    def test_an_exit_that_is_cropped_keeps_its_name(self) -> None:
+        bench = Bench("upsampling_one_dimension")
+        student = bench.student("input_1->_4 composed 3->4 29 u6")
+        exit_node = next(node for node in student.graph.nodes if node.name == "_3")
+        assert exit_node.target is F.pad
+        assert (bench.findings.graph(images("upsampling_one_dimension")).shape) == student(images("upsampling_one_dimension")).shape
+
+    def test_an_unpadded_transposed_convolution_begins_with_the_first_output_that_its_pixels_suffice_for(self) -> None:
+        student = Bench("parallel_upsampling").student("relu->relu_1 composed 3->4 4x4 u2x2")
+        short, deep = (student.get_submodule(name) for name in ("short", "deep"))
+        assert (short.padding, deep.padding) == ((0, 0), (0, 0))
+
     def test_nothing_inside_pads_any_more(self) -> None:
         for name in ("zero_pad_module", "same_padding", "average_pool", "non_square", "option_a_skip"):
             bench = Bench(name)
