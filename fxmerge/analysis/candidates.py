@@ -179,7 +179,7 @@ def _allowed(geometry: Geometry, space: Space) -> bool:
 def _smaller(whole: Geometry) -> Iterator[Geometry]:
     """The geometry itself and those of fewer taps, two fewer on every longer axis at a time so that the centre stays.
 
-    Where a pixel becomes u, there are u taps fewer at a time, and at least u: no output reads nothing.
+    Where a pixel becomes u, there are u taps fewer at a time, and at least u, so that each of the u pixels still reads one.
     """
     taps = whole.kernel
     while True:

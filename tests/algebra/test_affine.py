@@ -117,7 +117,7 @@ def enlarging(draw: st.DrawFn, dims: int, inputs: int, seed: int, up: tuple[int,
         return nearest(inputs, *up)
     plain = draw(geometries(dims, inputs, shape.get("outputs"), (1,) * dims))
     axes = tuple(
-        Axis.transposed(a.taps, u, draw(st.integers(-1, 4)), draw(st.integers(0, 2)), a.dilation)
+        Axis.transposed(a.taps, u, draw(st.integers(-1, 4)), draw(st.integers(-3, 2)), a.dilation)
         for a, u in zip(plain.axes, up, strict=True)
     )
     return random_affine(replace(plain, axes=axes, even=False), seed)

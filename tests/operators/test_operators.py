@@ -152,6 +152,7 @@ class TestMaps:
             lambda s, x: F.interpolate(x, scale_factor=(2, 2.5)),
             lambda s, x: F.interpolate(x, scale_factor=2, recompute_scale_factor=True),
             lambda s, x: F.interpolate(x, scale_factor=33),
+            lambda s, x: F.interpolate(x, scale_factor=(2.0, 2.0), mode="nearest", recompute_scale_factor=True),
             lambda s, x: F.interpolate(x, scale_factor=(2.0, 2.0), mode="bicubic"),
             lambda s, x: torch.ops.aten.upsample_nearest2d.vec(x, [24, 24], None),
             lambda s, x: s.bilinear(x),

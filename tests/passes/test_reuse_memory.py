@@ -152,6 +152,8 @@ class TestMustNotBeOverwritten:
     def test_operands_of_which_one_became_smaller_and_larger_again(self) -> None:
         layers = {"a": conv(3, 3), "down": conv(3, 3, stride=2), "up": nn.ConvTranspose2d(3, 3, 2, 2)}
         assert in_place(lambda s, x: s.a(x) + s.up(s.down(x)), **layers) == set()
+        layers = {"up": nn.ConvTranspose2d(3, 3, 2, 2), "a": nn.Conv2d(3, 3, 2, 2, 1), "b": nn.Conv2d(3, 3, 2, 2, 2)}
+        assert in_place(lambda s, x: s.up(s.a(x)) + s.b(s.nearest(x)), nearest=nn.Upsample(scale_factor=2), **layers) == set()
 
     def test_operands_whose_sizes_agree_for_the_example_alone(self) -> None:
         def forward(s: Any, x: Any) -> Any:
