@@ -341,7 +341,7 @@ class _Padded(nn.Module):
 def _transposed_parameters(draw: st.DrawFn, x: Kind) -> Parameters:
     kernel = draw(_pairs(1, 3))
     dilation = draw(st.sampled_from(((1, 1), (1, 1), (2, 1))))
-    stride = draw(st.sampled_from(((1, 1), (1, 1), (1, 1), (1, 1), (2, 2), (1, 2))))
+    stride = draw(st.sampled_from(((1, 1), (1, 1), (2, 2), (2, 2), (1, 2), (3, 2))))
     padding = tuple(draw(st.integers(0, min(2, d * (k - 1)))) for k, d in zip(kernel, dilation, strict=True))
     spare = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
     out = draw(st.sampled_from((x.channels, *WIDTHS)))
@@ -411,16 +411,27 @@ def _max_pool(kinds: Sequence[Kind], p: Parameters) -> Function:
 # --- sizes and channels -------------------------------------------------------------------------------------------------------
 
 
-def _doubled(kinds: Sequence[Kind], p: Parameters) -> tuple[Kind, ...]:
-    return (kinds[0].resized([lambda n: 2 * n] * 2),)
+def _upsampling_parameters(draw: st.DrawFn, x: Kind) -> Parameters:
+    return {"factors": draw(st.sampled_from(((2, 2), (2, 2), (1, 2), (3, 1), (3, 3))))}
+
+
+def _upsampled(kinds: Sequence[Kind], p: Parameters) -> tuple[Kind, ...]:
+    down, across = p["factors"]
+    return (kinds[0].resized((lambda n: down * n, lambda n: across * n)),)
 
 
 def _upsample(kinds: Sequence[Kind], p: Parameters) -> Function:
+    down, across = p["factors"]
     if p["spelling"] == "module":
-        return nn.Upsample(scale_factor=2, mode="nearest")
+        return nn.Upsample(scale_factor=p["factors"], mode="nearest")
     if p["spelling"] == "size":
-        return lambda x: F.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]))
-    return lambda x: F.interpolate(x, scale_factor=2, mode="nearest")
+        return lambda x: F.interpolate(x, size=(down * x.shape[2], across * x.shape[3]))
+    if p["spelling"] == "bilinear":
+        return lambda x: F.interpolate(x, scale_factor=(float(down), float(across)), mode="bilinear")
+    if down == across and p["spelling"] == "function":
+        return lambda x: F.interpolate(x, scale_factor=down)
+    mode = "nearest-exact" if p["spelling"] == "exact" else "nearest"
+    return lambda x: F.interpolate(x, None, (float(down), float(across)), mode)
 
 
 def _small(x: Kind) -> bool:
@@ -988,8 +999,11 @@ _OF_SPACE = (
         fits=lambda x: 4 * x.channels <= WIDEST and _can_shrink(x),
     ),
 )
+_UPSAMPLING = (
+    Operation("upsample", _upsample, _upsampling_parameters, ("module", "function", "exact"), result=_upsampled, fits=_small),
+)
 _OF_SPACE_OPAQUE = (
-    Operation("upsample", _upsample, spellings=("module", "function", "size"), result=_doubled, fits=_small),
+    Operation("resize", _upsample, _upsampling_parameters, ("size", "bilinear"), result=_upsampled, fits=_small),
     Operation(
         "even crop",
         lambda kinds, p: _cropped_to_even,
@@ -1017,6 +1031,7 @@ _MERGEABLE: _Groups = (
     (1, _POOLS[:1]),
     (3, _OF_CHANNELS),
     (1, _OF_SPACE),
+    (1, _UPSAMPLING),
     (1, _IDLES),
 )
 _GROUPS: _Groups = (
@@ -1027,7 +1042,7 @@ _GROUPS: _Groups = (
     (2, _WITH_CONSTANTS),
     (2, _POOLS),
     (1, _OF_SPACE),
-    (1, _OF_SPACE_OPAQUE),
+    (2, _OF_SPACE_OPAQUE),
     (1, _IDLES),
 )
 

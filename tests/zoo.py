@@ -285,11 +285,69 @@ def three_dimensions() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def decoder() -> nn.Module:
+    """Two levels of a U-Net's decoder, and nearest upsampling in three spellings."""
+
+    def forward(s: Any, x: Any) -> Any:
+        x = F.relu(s.norm(s.stem(x)))
+        y = F.relu(s.a(F.interpolate(x, scale_factor=2, mode="nearest")))
+        z = F.relu(s.b(torch.cat((y, s.up(x)), 1)))
+        return s.d(F.silu(s.c(F.interpolate(z, scale_factor=(2.0, 1.0), mode="nearest-exact"))))
+
+    layers = {"a": conv(4, 3), "b": conv(7, 4), "c": conv(4, 3, bias=False), "d": conv(3, 3)}
+    return Net(forward, stem=conv(3, 4), norm=nn.BatchNorm2d(4), up=nn.Upsample(scale_factor=2), **layers)
+
+
+def parallel_upsampling() -> nn.Module:
+    """A sum and a concat of branches that all double the image."""
+
+    def forward(s: Any, x: Any) -> Any:
+        x = F.relu(s.stem(x))
+        y = F.relu(s.deep(s.up(x)) + s.short(x))
+        return s.head(F.relu(torch.cat((s.again(y), s.up(s.one(y))), 1)))
+
+    ups = {"short": nn.ConvTranspose2d(3, 4, 2, 2), "again": nn.ConvTranspose2d(4, 2, 3, 2, 1, 1, bias=False)}
+    return Net(
+        forward,
+        stem=conv(3, 3),
+        up=nn.UpsamplingNearest2d(scale_factor=2),
+        deep=conv(3, 4),
+        one=conv(4, 2, 1),
+        head=conv(4, 3),
+        **ups,
+    )
+
+
+def transposed_convolutions() -> nn.Module:
+    """Any kernel, stride, padding, output padding, dilation and groups; short ones leave outputs that read nothing."""
+    layers = (nn.ConvTranspose2d(4, 6, (4, 3), 2, (1, 2), (0, 1), 2), nn.ReLU(), conv(6, 4), nn.ReLU())
+    short = nn.ConvTranspose2d(4, 4, (1, 2), (2, 3), output_padding=(1, 0), groups=4, bias=False)
+    return nn.Sequential(conv(3, 4, bias=False), nn.ReLU(), *layers, short, nn.ReLU(), conv(4, 3))
+
+
+def generator() -> nn.Module:
+    """DCGAN's: transposed convolutions, norms and activations in a row."""
+    layers = (nn.ConvTranspose2d(3, 4, 4, 1, 0, bias=False), nn.BatchNorm2d(4), nn.ReLU(True))
+    more = (nn.ConvTranspose2d(4, 3, 4, 2, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU(True), nn.ConvTranspose2d(3, 3, 4, 2, 1))
+    return nn.Sequential(*layers, *more, nn.Tanh())
+
+
+def upsampling_one_dimension() -> nn.Module:
+    layers = (nn.Upsample(scale_factor=3), nn.Conv1d(3, 4, 5, padding=2), nn.ReLU(), nn.ConvTranspose1d(4, 4, 5, 2, 1, dilation=2))
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv1d(4, 3, 2))
+
+
+def upsampling_three_dimensions() -> nn.Module:
+    layers = (nn.Upsample(scale_factor=(1, 2, 2)), nn.Conv3d(2, 3, (1, 3, 3), padding=(0, 1, 1)), nn.ReLU())
+    return nn.Sequential(nn.Conv3d(3, 2, (3, 1, 1)), nn.ReLU(), *layers, nn.ConvTranspose3d(3, 2, (1, 1, 2), (1, 1, 2)))
+
+
 _SPECIMENS = (
     nested_residual, projection_skip, option_a_skip, stride, dilation, groups, depthwise, inverted_residual, zero_pad_module,
     zero_pad_function, same_padding, non_square, no_bias, pre_activation, inplace_module, inplace_function, inplace_method,
     overwritten_skip, activations, shared_module, tied_weights, second_user, concat_branches, repvgg_block, dropout,
-    one_channel, average_pool, slices, one_dimension, three_dimensions,
+    one_channel, average_pool, slices, one_dimension, three_dimensions, decoder, parallel_upsampling, transposed_convolutions,
+    generator, upsampling_one_dimension, upsampling_three_dimensions,
 )  # fmt: skip
 
 RESIDUALS: Mapping[str, Callable[[], nn.Module]] = {
@@ -304,7 +362,12 @@ RESIDUALS: Mapping[str, Callable[[], nn.Module]] = {
 ZOO: Mapping[str, Callable[[], nn.Module]] = {**RESIDUALS, **{build.__name__: build for build in _SPECIMENS}}
 
 #: Image sizes of the specimens that do not take square images of two dimensions.
-_SIZES = {"one_dimension": (13,), "three_dimensions": (9, 11, 10)}
+_SIZES = {
+    "one_dimension": (13,),
+    "three_dimensions": (9, 11, 10),
+    "upsampling_one_dimension": (13,),
+    "upsampling_three_dimensions": (9, 6, 5),
+}
 
 
 def specimen(name: str, *, seed: int = 0) -> nn.Module:

@@ -1,8 +1,9 @@
 r"""Affine maps with their numbers, and how they compose; tensors only.
 
-    y[p] = sum_t K[t] x[s*p + o + d*t] + b
+    y[p] = sum_t K[t] x[s*p + o + d*t] + b,      x with u - 1 zeros behind every pixel
 
-chain   K[s1*d2*t2 + d1*t1] += K2[t2] @ K1[t1] for all taps (a transposed convolution of K2 by K1);  b = b2 + K2.sum(taps) @ b1
+chain   K[s1*d2*t2 + u2*d1*t1] += K2[t2] @ K1[t1] for all taps (a transposed convolution of K2 by K1);
+        b = b2 + K2.sum(taps) / u2 @ b1, where b1 stays constant: each of the u2 pixels sums K2 over every u2-th position
 sum     kernels aligned at the output pixel and added;  biases added
 concat  kernels aligned and stacked on output channels
 Sizes, offsets and strides are :mod:`fxmerge.core.geometry`'s. Groups stay groups: operands are brought to the greatest common
@@ -12,6 +13,7 @@ divisor of their group counts, which is as fine a partition as both respect. Eve
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -52,8 +54,14 @@ class Affine:
         return cls.of(Geometry.identity(channels, dims), torch.ones(channels, *(1,) * (dims + 1), dtype=torch.float64))
 
     def then(self, second: Affine) -> Affine:
-        """This map followed by another."""
+        """This map followed by another.
+
+        Raises:
+            ValueError: the geometries do not compose, or the bias becomes a pattern (:class:`Geometry`).
+        """
         geometry = self.geometry.then(second.geometry)
+        if geometry.phased:
+            raise ValueError(f"the bias of {self.geometry} becomes a pattern in {second.geometry}")
         nested = geometry.groups in (self.geometry.groups, second.geometry.groups)
         one = self if nested else self.regrouped(geometry.groups)
         weight = self.weight.new_zeros(geometry.weight_shape)
@@ -65,8 +73,8 @@ class Affine:
         return Affine(geometry, weight, second.bias + second._on_constant(self.bias))
 
     def _on_constant(self, value: Tensor) -> Tensor:
-        """What this map, without its bias, makes of an image that is constant over space; (C_in, ...) -> (C_out, ...)."""
-        sums = self.weight.flatten(2).sum(2).unflatten(0, (self.geometry.groups, -1))
+        """What this map, even, without its bias, makes of an image constant over space; (C_in, ...) -> (C_out, ...)."""
+        sums = (self.weight.flatten(2).sum(2) / math.prod(self.geometry.up)).unflatten(0, (self.geometry.groups, -1))
         return torch.einsum("goi,gi...->go...", sums, value.unflatten(0, (self.geometry.groups, -1))).flatten(0, 1)
 
     def plus(self, other: Affine) -> Affine:
@@ -138,7 +146,7 @@ def _mixed(first: Affine, second: Affine, matrix: Tensor) -> Tensor:
 def _copy_places(first: Axis, second: Axis, composed: Axis, tap: int) -> slice:
     """The taps of the composed axis that the first kernel lands on when the second's ``tap`` reads it."""
     start = first.stride * second.dilation * tap // composed.dilation
-    step = first.dilation // composed.dilation if first.taps > 1 else 1
+    step = second.up * first.dilation // composed.dilation if first.taps > 1 else 1
     return slice(start, start + step * (first.taps - 1) + 1, step)
 
 
@@ -223,11 +231,12 @@ def evaluate_sides(expression: Expression, maps: Mapping[str, Affine]) -> dict[s
 def vanishing(expression: Expression, maps: Mapping[str, Affine]) -> tuple[bool, ...]:
     """For every step, whether its tensor is zero outside the image if the entry is, by the numbers.
 
-    It is where it was computed by maps of one tap whose biases cancel. (A norm, and then its value for zero subtracted.)
+    It is where it was computed by maps that read nothing inside for what is outside, and their biases cancel there. (A norm, and
+    then its value for zero subtracted.)
     """
 
     def apply(step: Step, before: Affine | None) -> Affine | None:
-        known = before is not None and step.role != "side" and maps[step.name].geometry.pointwise
+        known = before is not None and step.role != "side" and all(a.keeps_zeros for a in maps[step.name].geometry.axes)
         return before.then(maps[step.name]) if known and before is not None else None
 
     def joined(how: Callable[[Affine, Affine], Affine]) -> Callable[[Affine | None, Affine | None], Affine | None]:

@@ -21,7 +21,7 @@ from fxmerge.core.geometry import Axis, Geometry
 
 
 def covering(geometries: Sequence[Geometry]) -> Geometry:
-    """The smallest geometry whose taps include those of all given, which share channels, groups and stride."""
+    """The smallest geometry whose taps include those of all given, which share channels, groups, stride and up."""
     first = geometries[0]
     axes = tuple(_covering_axis([g.axes[i] for g in geometries]) for i in range(len(first.axes)))
     return Geometry(first.in_channels, first.out_channels, axes, first.groups, True)
@@ -45,8 +45,9 @@ def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> T
     Returns:
         (groups, rows, C_in/groups * taps), the columns in the order of a flattened weight.
     """
-    padded = F.pad(x, [amount for pair in reversed(geometry.padding) for amount in pair])
-    windows = padded
+    spread = _spread(x, geometry.up)
+    pads = ((-axis.offset, axis.excess + axis.offset + axis.extent) for axis in reversed(geometry.axes))
+    windows = F.pad(spread, [amount for pair in pads for amount in pair])
     for dim, axis in enumerate(geometry.axes):
         windows = windows.unfold(2 + dim, axis.extent, axis.stride)[..., :: axis.dilation]
     dims = len(geometry.axes)
@@ -56,6 +57,16 @@ def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> T
     index = torch.arange(lead.numel(), device=x.device) if positions is None else positions
     rows = windows[torch.unravel_index(index, lead)]
     return rows.reshape(len(index), geometry.groups, -1).transpose(0, 1)
+
+
+def _spread(x: Tensor, up: Sequence[int]) -> Tensor:
+    """The image with zeros behind every pixel, so many positions for each."""
+    if all(factor == 1 for factor in up):
+        return x
+    spread = x.new_zeros(*x.shape[:2], *(size * factor for size, factor in zip(x.shape[2:], up, strict=True)))
+    pixels: tuple[slice, ...] = (slice(None), slice(None), *(slice(None, None, factor) for factor in up))
+    spread[pixels] = x
+    return spread
 
 
 @dataclass

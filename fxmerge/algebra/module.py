@@ -1,53 +1,85 @@
-"""From a geometry or an affine map to the torch module that computes it: the one builder, for timing and for rewriting."""
+"""From a geometry or an affine map to the torch module that computes it: the one builder, for timing and for rewriting.
+
+A map that makes the image larger by u is a transposed convolution of stride u, its kernel turned round. With e the extent of the
+kernel, torch's has
+
+    offset = padding - (e - 1)      excess = e - 1 - u - 2*padding + output_padding
+
+so padding = offset + e - 1 and output_padding = excess + 1 + u - e + 2*padding. Torch wants padding >= 0 and output_padding from 0
+to u - 1. Where they are not, the image is padded by (a, b) pixels first, which adds u*a to the one and u*(a - b) to the other.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.core.geometry import Geometry
+from fxmerge.core.geometry import Axis, Geometry
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def separate_padding(geometry: Geometry) -> tuple[int, ...]:
     """What must be padded (or, negative, cropped) before the convolution, in ``F.pad``'s order; empty if it can pad itself."""
-    if all(lo == hi >= 0 for lo, hi in geometry.padding):
-        return ()
-    return tuple(amount for pair in reversed(geometry.padding) for amount in pair)
+    if geometry.enlarges:
+        pads: tuple[tuple[int, int], ...] = tuple(_transposed(axis)[0] for axis in geometry.axes)
+        return _flat(pads) if any(map(any, pads)) else ()
+    return () if all(lo == hi >= 0 for lo, hi in geometry.padding) else _flat(geometry.padding)
+
+
+def _flat(pads: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    return tuple(amount for pair in reversed(pads) for amount in pair)
+
+
+def _transposed(axis: Axis) -> tuple[tuple[int, int], int, int]:
+    """(pixels to pad before, after), padding, output_padding of the transposed convolution (see the module's text)."""
+    padding = axis.offset + axis.extent - 1
+    spare = axis.excess + 1 + axis.up - axis.extent + 2 * padding
+    steps = spare // axis.up
+    before = max(0, -(padding // axis.up), -steps)
+    return (before, before + steps), padding + axis.up * before, spare % axis.up
+
+
+def _settings(geometry: Geometry) -> dict[str, Any]:
+    """Stride, padding and so on, in the words of torch's convolutions, transposed or not."""
+    shared: dict[str, Any] = {"dilation": geometry.dilation, "groups": geometry.groups}
+    if geometry.enlarges:
+        _, padding, spare = zip(*map(_transposed, geometry.axes), strict=True)
+        return {"stride": geometry.up, "padding": padding, "output_padding": spare, **shared}
+    padding = (0,) * len(geometry.axes) if separate_padding(geometry) else tuple(lo for lo, _ in geometry.padding)
+    return {"stride": geometry.stride, "padding": padding, **shared}
+
+
+def turned(weight: Tensor, groups: int) -> Tensor:
+    """The weight (C_in, C_out/groups, *kernel) of a transposed convolution for (C_out, C_in/groups, *kernel), and the reverse."""
+    blocks: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return blocks.flip(tuple(range(2, blocks.dim())))
 
 
 def convolution(
     geometry: Geometry, *, bias: bool = True, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> nn.Module:
-    """A torch convolution of this geometry, its weights as torch initialises them.
+    """A torch convolution of this geometry, transposed where it makes the image larger, its weights as torch initialises them.
 
     It pads by itself only where :func:`separate_padding` is empty.
     """
-    kind: Any = _CONVOLUTIONS[len(geometry.axes)]
-    padding = 0 if separate_padding(geometry) else tuple(lo for lo, _ in geometry.padding)
-    module: nn.Module = kind(
-        geometry.in_channels,
-        geometry.out_channels,
-        geometry.kernel,
-        geometry.stride,
-        padding,
-        geometry.dilation,
-        geometry.groups,
-        bias,
-        device=device,
-        dtype=dtype,
-    )
+    kind: Any = (_TRANSPOSED if geometry.enlarges else _CONVOLUTIONS)[len(geometry.axes)]
+    settings = {**_settings(geometry), "bias": bias, "device": device, "dtype": dtype}
+    module: nn.Module = kind(geometry.in_channels, geometry.out_channels, geometry.kernel, **settings)
     return module
 
 
 def convolution_with(affine: Affine, *, like: torch.Tensor, bias: bool = True) -> nn.Module:
     """A torch convolution that computes this map, in the dtype, on the device and in the memory format of ``like``."""
     module: Any = convolution(affine.geometry, bias=bias, dtype=like.dtype, device="meta")
-    weight = affine.weight.to(device=like.device, dtype=like.dtype)
+    weight = _weight(affine).to(device=like.device, dtype=like.dtype)
     if like.dim() == weight.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         weight = weight.contiguous(memory_format=torch.channels_last)
     module.weight = nn.Parameter(weight.clone())
@@ -55,3 +87,16 @@ def convolution_with(affine: Affine, *, like: torch.Tensor, bias: bool = True) -
         module.bias = nn.Parameter(affine.bias.to(device=like.device, dtype=like.dtype))
     made: nn.Module = module
     return made
+
+
+def _weight(affine: Affine) -> Tensor:
+    return turned(affine.weight, affine.geometry.groups) if affine.geometry.enlarges else affine.weight
+
+
+def convolved(affine: Affine, x: Tensor) -> Tensor:
+    """What the map makes of an image, in the image's dtype: the module and its padding, called as functions."""
+    geometry, dims = affine.geometry, len(affine.geometry.axes)
+    convolve: Any = (_CONVOLVE_TRANSPOSED if geometry.enlarges else _CONVOLVE)[dims]
+    padded = F.pad(x, separate_padding(geometry) or (0, 0))
+    result: Tensor = convolve(padded, _weight(affine).to(x), affine.bias.to(x), **_settings(geometry))
+    return result

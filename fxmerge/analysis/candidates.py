@@ -39,7 +39,7 @@ class Space:
         identity: offer to drop a segment whose output has the shape of its input.
         merge: offer to merge several layers; without it, layers are only pruned, one at a time.
         exact: offer only what keeps the function.
-        max_kernel: largest kernel offered, in taps on an axis.
+        max_kernel: largest kernel offered, in taps on an axis; where the image becomes larger by u, each output reads a u-th.
         max_unknowns: fitted kernels are offered up to so many weights a filter (C_in/groups times taps); fitting takes memory by
             the square, and time by the cube, of that.
     """
@@ -105,22 +105,22 @@ def _l1_norms(findings: Findings) -> dict[str, float]:
 
 def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool) -> Iterator[Candidate]:
     whole = segment.expression.geometry
-    several = len(segment.convolutions) > 1 or bool(segment.activations) or _joins(segment.expression)
+    several = len(segment.convolutions) > 1 or bool(segment.activations) or _joins(segment.expression) or _resizes(segment)
     offer = _Offer(segment)
     if space.identity and whole.preserves_shape and (space.merge or len(segment.convolutions) == 1):
         yield offer("identity", Geometry.identity(whole.in_channels, len(whole.axes)))
     if not space.merge:
         return
-    if space.composed and several and _allowed(whole, space) and (exact or not space.exact):
+    if space.composed and several and not whole.phased and _allowed(whole, space) and (exact or not space.exact):
         yield offer("composed", whole, exact=exact)
     if space.prune and several:
         for geometry, (_, removed) in prunings(segment).items():
-            if removed and _allowed(geometry, space):
+            if removed and not geometry.phased and _allowed(geometry, space):
                 yield offer("composed", geometry, removed=removed)
     if space.fitted and not segment.expression.sides:
         for geometry in _smaller(whole):
             small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
-            if small and _allowed(geometry, space) and (several or geometry != replace(whole, bias=True)):
+            if small and _allowed(geometry, space) and (several or geometry.kernel != whole.kernel):
                 yield offer("fitted", geometry)
 
 
@@ -137,7 +137,7 @@ def _leaves_pixels(geometry: Geometry, size: Sequence[int]) -> bool:
 def _is_exact(findings: Findings, segment: Segment) -> bool:
     """Whether multiplying a segment out keeps the function, borders included: told by sizes where they tell, else by numbers."""
     expression = segment.expression
-    if segment.activations:
+    if segment.activations or expression.geometry.phased:
         return False
     if expression.keeps_borders():
         return True
@@ -166,17 +166,28 @@ def _joins(expression: Expression) -> bool:
     return any(step.kind in ("sum", "concat") for step in expression.steps)
 
 
+def _resizes(segment: Segment) -> bool:
+    """Whether there is, beside a convolution, something that makes the image larger: both are one convolution."""
+    others = (step.geometry for step in segment.expression.steps if step.role == "other" and step.geometry is not None)
+    return bool(segment.convolutions) and any(geometry.enlarges for geometry in others)
+
+
 def _allowed(geometry: Geometry, space: Space) -> bool:
-    return all(taps <= space.max_kernel for taps in geometry.kernel)
+    return all(-(-axis.taps // axis.up) <= space.max_kernel for axis in geometry.axes)
 
 
 def _smaller(whole: Geometry) -> Iterator[Geometry]:
-    """The geometry itself and those of fewer taps, two fewer on every longer axis at a time so that the centre stays."""
+    """The geometry itself and those of fewer taps, two fewer on every longer axis at a time so that the centre stays.
+
+    Where a pixel becomes u, there are u taps fewer at a time, and at least u, so that each of the u pixels still reads one.
+    """
     taps = whole.kernel
     while True:
         axes = tuple(axis.shrunk(n) for axis, n in zip(whole.axes, taps, strict=True))
-        yield replace(whole, axes=axes, bias=True)
-        fewer = tuple(n - 2 if n > 2 else n for n in taps)
+        yield replace(whole, axes=axes, bias=True, even=not whole.enlarges, phased=False)
+        fewer = tuple(
+            n - max(2, axis.up) if n - max(2, axis.up) >= axis.up else n for n, axis in zip(taps, whole.axes, strict=True)
+        )
         if fewer == taps:
             return
         taps = fewer

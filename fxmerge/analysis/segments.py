@@ -178,7 +178,8 @@ class _Search:
         try:
             geometry = expression.geometry
         except ValueError as fault:
-            reason = Reason.STRIDES if "strides" in str(fault) else Reason.CHANNELS
+            reasons = (("strides", Reason.STRIDES), ("larger", Reason.UPSAMPLING), ("", Reason.CHANNELS))
+            reason = next(reason for word, reason in reasons if word in str(fault))
             return self._refusal(exit_node, reason, str(fault), "")
         if max((axis.extent for axis in geometry.axes), default=1) > self.max_extent:
             detail = f"{'x'.join(str(a.extent) for a in geometry.axes)} pixels, from {expression.steps[0].name}"

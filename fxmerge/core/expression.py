@@ -104,7 +104,8 @@ class Expression:
         """Extra pixels that each step must deliver, (before, after) on every axis, so that nothing inside needs padding.
 
         Walks back from the exit: a map of stride s and padding (lo, hi) that owes (before, after) asks its operand for
-        (s*before + lo, s*after + hi); a tensor with several readers owes the most that any asks for. Never negative.
+        (s*before + lo, s*after + hi), or, where it makes the image larger, for the pixels that so many positions take
+        (:meth:`Axis.halo`); a tensor with several readers owes the most that any asks for. Never negative.
         """
         owed = [((0, 0),) * len(_own_geometry(self.steps[0]).axes)] * len(self.steps)
         for index in range(len(self.steps) - 1, 0, -1):
@@ -118,7 +119,8 @@ class Expression:
         """Whether moving all padding to the entry leaves the function as it is, borders included.
 
         It does where every tensor that is padded inside is zero outside the image anyway: it was computed from the entry by
-        maps of one tap without bias or padding. (RepVGG's parallel branches, anything after a 1x1 without bias.)
+        maps without bias that read nothing inside for what is outside: one tap, nearest upsampling. (RepVGG's parallel branches,
+        anything after a 1x1 without bias.)
 
         Args:
             vanishing: for every step, whether its tensor is zero outside the image; None for what sizes alone tell.
@@ -130,7 +132,7 @@ class Expression:
     def _vanishing(self) -> tuple[bool, ...]:
         found: tuple[bool, ...] = self.fold(
             entry=lambda step: True,
-            apply=lambda step, before: before and _own_geometry(step).pointwise and not _own_geometry(step).bias,
+            apply=lambda step, before: before and _own_geometry(step).keeps_zeros,
             add=lambda a, b: a and b,
             concat=lambda a, b: a and b,
         )
@@ -167,10 +169,14 @@ def asked_of_operand(step: Step, halo: Halo) -> Halo:
     """
     if step.kind != "apply":
         return halo
-    return tuple(
-        (axis.stride * before + axis.padding[0], axis.stride * after + axis.padding[1])
-        for axis, (before, after) in zip(_own_geometry(step).axes, halo, strict=True)
-    )
+    return tuple(axis.halo(*wanted) for axis, wanted in zip(_own_geometry(step).axes, halo, strict=True))
+
+
+def surplus_of(step: Step, halo: Halo) -> Halo:
+    """What a step, run without padding on what it has asked for, gives more than its halo; to be cropped."""
+    if step.kind != "apply":
+        return ((0, 0),) * len(halo)
+    return tuple(axis.surplus(*wanted) for axis, wanted in zip(_own_geometry(step).axes, halo, strict=True))
 
 
 def _pads(geometry: Geometry) -> bool:

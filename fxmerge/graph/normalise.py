@@ -7,9 +7,10 @@
 3. Convolutions, norms, linear layers and dropout called as functions on a module's parameters are calls of a module under the name
    of those parameters, so that state dicts keep their keys (:mod:`fxmerge.graph.modules`).
 4. Splits, chunks and slices are slices, channel shuffles are one node (:mod:`fxmerge.graph.slices`).
-5. A pad with other constants than zero is shift, zero pad, shift back (:mod:`fxmerge.graph.borders`).
-6. Identities, asserts on shapes, and what nobody reads, are gone.
-7. Nodes bear names that do not depend on how the graph was captured (:mod:`fxmerge.graph.names`).
+5. Nearest upsampling by whole factors is one function (:mod:`fxmerge.graph.resizing`).
+6. A pad with other constants than zero is shift, zero pad, shift back (:mod:`fxmerge.graph.borders`).
+7. Identities, asserts on shapes, and what nobody reads, are gone.
+8. Nodes bear names that do not depend on how the graph was captured (:mod:`fxmerge.graph.names`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fxmerge.graph.meta import facts
 from fxmerge.graph.modules import Layers
 from fxmerge.graph.names import rename
 from fxmerge.graph.query import has_hooks, is_impure, module_of
+from fxmerge.graph.resizing import become_nearest, module_becomes_nearest
 from fxmerge.graph.slices import become_shuffle, become_slice
 from fxmerge.graph.spelling import Call, functional_twin, read_call, writes
 
@@ -80,6 +82,7 @@ def _normalise_node(graph: GraphModule, node: Node, layers: Layers) -> None:
     if _bypass_identity(graph, node):
         return
     _module_to_function(graph, node)
+    module_becomes_nearest(graph, node)
     call = call_of_module(graph, node) or read_call(node)
     if (call is not None and call.writes) or writes(node):
         _write_elsewhere(node, call)
@@ -249,4 +252,5 @@ _RULES: Mapping[str, Callable[[Node, Call], None]] = {
     "neg": _negative,
     "cat": _concat,
     "pad": _pad,
+    "interpolate": become_nearest,
 }

@@ -138,6 +138,7 @@ def describe_module(module: nn.Module) -> str:
     """Type, hyper-parameters and parameter shapes of a leaf module."""
     shapes = ", ".join(f"{name}{tuple(p.shape)}" for name, p in module.named_parameters())
     kind = "Conv" if isinstance(module, nn.modules.conv._ConvNd) else type(module).__name__
+    kind = "ConvTranspose" if isinstance(module, nn.modules.conv._ConvTransposeNd) else kind
     return f"{kind}({module.extra_repr()}; {shapes})"
 
 

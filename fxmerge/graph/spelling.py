@@ -44,6 +44,7 @@ _ALIASES: Mapping[str, str] = {
     "clip": "clamp",
     "_native_batch_norm_legit_no_training": "batch_norm",
     "feature_dropout": "dropout2d",
+    **{f"{name}{n}d": "interpolate" for name in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)},
 }
 
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -67,6 +68,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "prelu": ("weight",),
     "clamp": ("min", "max"),
     "cat": ("dim",),
+    "interpolate": ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
     "pad": ("pad", "mode", "value"),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _POOL),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _CONVOLUTION),

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.affine import Affine, evaluate, evaluate_sides
 from fxmerge.algebra.least_squares import NormalEquations, covering, unknowns
+from fxmerge.algebra.module import convolved
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression
 from fxmerge.core.geometry import Geometry
@@ -38,8 +38,6 @@ from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
-
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +149,8 @@ class Reconstruction:
         return weights, work.loss_of(plan, weights)
 
 
-#: Candidates that share normal equations: one entry, one stride, one output size, one number of groups.
-_Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], int]
+#: Candidates that share normal equations: one entry, one stride, one factor of upsampling, one output size, one number of groups.
+_Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass
@@ -283,7 +281,7 @@ class _Work:
         """What the candidate computes from its entry and its side inputs, in the network's own dtype."""
         if candidate.kind == "identity":
             return (candidate.entry,), lambda x: x
-        convolve = self._convolution(affine)
+        convolve = partial(convolved, affine)
         if not segment.expression.sides:
             return (candidate.entry,), convolve
         expression = segment.expression.without(candidate.removed)
@@ -294,20 +292,6 @@ class _Work:
             return sum((torch.einsum("oi,ni...->no...", matrix.to(s), s) for matrix, s in terms), start=convolve(x))
 
         return (candidate.entry, *matrices), with_sides
-
-    def _convolution(self, affine: Affine) -> Callable[[Tensor], Tensor]:
-        geometry = affine.geometry
-        amounts = [amount for pair in reversed(geometry.padding) for amount in pair]
-        convolve = _CONVOLVE[len(geometry.axes)]
-
-        def convolved(x: Tensor) -> Tensor:
-            weight, bias = affine.weight.to(x), affine.bias.to(x)
-            result: Tensor = convolve(
-                F.pad(x, amounts), weight, bias, geometry.stride, dilation=geometry.dilation, groups=geometry.groups
-            )
-            return result
-
-        return convolved
 
     def refit(self, merge: Candidate, taken: Mapping[str, Replacement]) -> Affine:
         """Weights for one merge inside the student made so far."""
@@ -357,7 +341,7 @@ class _Work:
 
 def _key(candidate: Candidate) -> _Key:
     geometry = candidate.geometry
-    return candidate.entry, geometry.stride, tuple(axis.excess for axis in geometry.axes), geometry.groups
+    return candidate.entry, geometry.stride, geometry.up, tuple(axis.excess for axis in geometry.axes), geometry.groups
 
 
 def _held_bytes(candidate: Candidate) -> int:

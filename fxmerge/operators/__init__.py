@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 from fxmerge.graph.activations import ACTIVATIONS
 from fxmerge.operators.arithmetic import Arithmetic
 from fxmerge.operators.base import Activation, Join, Map, Opaque, Operator, Operators, Site, Verdict, channelwise
-from fxmerge.operators.convolution import AveragePool, Convolution, TransposedConvolution
+from fxmerge.operators.convolution import AveragePool, Convolution, Nearest, TransposedConvolution
 from fxmerge.operators.join import concat
 from fxmerge.operators.pointwise import BatchNorm, activation, identity, norm_of_input
 from fxmerge.operators.reading import read_expression, read_maps
@@ -56,6 +56,7 @@ def default_operators() -> Operators:
         **dict.fromkeys((function for function, _ in ACTIVATIONS.values()), channelwise(activation)),
         **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.truediv), Arithmetic()),
         **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), AveragePool()),
+        F.interpolate: Nearest(),
         torch.cat: channelwise(concat),
         operator.getitem: Slice(),
         F.pad: ZeroPad(),

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.module import turned
 from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.segment import Reason
 from fxmerge.graph.edit import put_module
+from fxmerge.graph.resizing import nearest_factors
 from fxmerge.operators.base import Map, Opaque, Site, Verdict
 
 
@@ -40,36 +42,51 @@ class Convolution:
 
 
 class TransposedConvolution:
-    """nn.ConvTranspose1d to 3d of stride 1: a convolution with its kernel turned round. Others make an image larger: refused."""
+    """nn.ConvTranspose1d to 3d: a convolution with its kernel turned round, on an image with zeros between its pixels."""
 
     def verdict(self, site: Site) -> Verdict:
         module = site.module
-        if any(stride != 1 for stride in module.stride):
-            return Opaque(Reason.UPSAMPLING, f"transposed convolution of stride {tuple(module.stride)}")
+        if len(site.node.args) + len(site.node.kwargs) > 1:
+            return Opaque(Reason.UPSAMPLING, "output_size is given in the call", "give output_padding to the module")
         if len(site.operand_shape) != len(module.kernel_size) + 2:
             return Opaque(Reason.SHAPE, f"operand of shape {site.operand_shape}", "give a batch dimension")
         return Map(self._geometry(module), "convolution")
 
     def affine(self, site: Site) -> Affine:
         module = site.module
-        blocks = module.weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-        return Affine.of(self._geometry(module), blocks.flip(tuple(range(2, blocks.dim()))), module.bias)
+        return Affine.of(self._geometry(module), turned(module.weight, module.groups), module.bias)
 
     def unpad(self, site: Site) -> None:
-        """Padding d*(k-1) crops what a transposed convolution adds around its input."""
+        """Padding crops what a transposed convolution adds around its input."""
         twin: Any = sharing_copy(site.module)
-        twin.padding = tuple(d * (k - 1) for d, k in zip(twin.dilation, twin.kernel_size, strict=True))
+        twin.padding = tuple(axis.unpadded.offset + axis.extent - 1 for axis in self._geometry(twin).axes)
         twin.output_padding = (0,) * len(twin.kernel_size)
         put_module(site.graph, str(site.node.target), twin)
 
     def _geometry(self, module: Any) -> Geometry:
-        axes = tuple(map(_turned, module.kernel_size, module.padding, module.output_padding, module.dilation))
-        return Geometry(module.in_channels, module.out_channels, axes, module.groups, module.bias is not None)
+        settings = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
+        axes = tuple(map(Axis.transposed, *settings))
+        even = all(stride == 1 for stride in module.stride)
+        return Geometry(module.in_channels, module.out_channels, axes, module.groups, module.bias is not None, even)
 
 
-def _turned(kernel: int, padding: int, output_padding: int, dilation: int) -> Axis:
-    before = dilation * (kernel - 1) - padding
-    return Axis.convolution(kernel, 1, (before, before + output_padding), dilation)
+class Nearest:
+    """F.interpolate by nearest neighbours and whole factors: every pixel repeated."""
+
+    def verdict(self, site: Site) -> Verdict:
+        factors = nearest_factors(site.node)
+        return Map(self._geometry(site)) if factors is not None and len(factors) == site.dims else Opaque(detail="interpolate")
+
+    def affine(self, site: Site) -> Affine:
+        geometry = self._geometry(site)
+        return Affine.of(geometry, torch.ones(geometry.weight_shape, dtype=torch.float64))
+
+    def unpad(self, site: Site) -> None:
+        return
+
+    def _geometry(self, site: Site) -> Geometry:
+        axes = tuple(map(Axis.nearest, nearest_factors(site.node) or ()))
+        return Geometry(site.channels, site.channels, axes, site.channels)
 
 
 class AveragePool:

@@ -16,12 +16,11 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.core.segment import Reason
 from fxmerge.graph.edit import become_module, copied, tidy
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import has_sole_user, module_of
 from fxmerge.graph.trace import require_shapes
-from fxmerge.operators import Map, Opaque, Operators, Site, Verdict, default_operators
+from fxmerge.operators import Map, Operators, Site, Verdict, default_operators
 from fxmerge.passes.base import Pass
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -61,8 +60,7 @@ class FoldBatchNorm(Pass):
         module = module_of(graph, node)
         if module is None or _kind(module) not in _KINDS or not has_sole_user(node) or node.name in self.keep:
             return False
-        known = isinstance(verdict, Map) or (isinstance(verdict, Opaque) and verdict.reason is Reason.UPSAMPLING)
-        return known and not (module.training and is_parametrized(module))
+        return isinstance(verdict, Map) and not (module.training and is_parametrized(module))
 
     def _fold(self, graph: GraphModule, node: Node, scaling: Node) -> None:
         operator, module = self.operators.find(graph, scaling), module_of(graph, node)

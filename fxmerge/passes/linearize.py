@@ -3,7 +3,8 @@
 The only pass that changes the function. What it returns is still a network of ordinary layers, to be trained if wanted; multiplied
 out by :mod:`fxmerge.passes.fuse_segments` it computes the same, borders included, because nothing inside a segment pads any more:
 walking back from the exit, every tensor gets the halo its readers need (:meth:`Expression.halos`), the entry is padded once by the
-most that is asked for, and whoever needs less crops.
+most that is asked for, and whoever needs less crops. What makes an image larger turns each pixel of halo into several, and is
+followed by a crop of those too many.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.module import convolution, convolution_with, separate_padding
-from fxmerge.core.expression import Expression, Halo, asked_of_operand
+from fxmerge.core.expression import Expression, Halo, asked_of_operand, surplus_of
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError, PlanMismatchError
 from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, tidy
@@ -199,9 +201,24 @@ class _Merge:
             assert shape is not None
             grown = (size + before + after for size, (before, after) in zip(shape[2:], halo, strict=True))
             record(node, shape=(*shape[:2], *grown))
+            surplus = surplus_of(step, halo)
+            if _any(surplus):
+                _become_crop(node, surplus)
 
 
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _become_crop(node: Node, surplus: Halo) -> None:
+    """The node becomes the crop of what it computed, which a new node before it computes now."""
+    with node.graph.inserting_before(node):
+        whole = node.graph.node_copy(node)
+    shape = facts(node).shape or ()
+    whole.meta = dict(node.meta)
+    grown = (size + before + after for size, (before, after) in zip(shape[2:], surplus, strict=True))
+    record(whole, merge=None, shape=(*shape[:2], *grown))
+    amounts = tuple(-amount for amount in _flat(surplus))
+    node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (whole, amounts), {}
 
 
 def _any(halo: Halo) -> bool:

@@ -26,8 +26,8 @@ from fxmerge.passes.base import Pass
 
 _ACTIVATIONS = frozenset((F.relu, F.relu6, F.silu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.hardtanh, F.hardsigmoid))
 
-#: The tensor that a tensor's size depends on, and (stride, excess) on every axis: how.
-_Size: TypeAlias = tuple[Node, tuple[tuple[int, int], ...]]
+#: The tensor that a tensor's size depends on, and (up, stride, excess) on every axis: how.
+_Size: TypeAlias = tuple[Node, tuple[tuple[int, int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _sizes(verdicts: Mapping[Node, Verdict]) -> dict[Node, _Size]:
         if isinstance(verdict, Join) and len({sizes[operand] for operand in verdict.operands}) == 1:
             sizes[node] = sizes[verdict.operands[0]]
         elif isinstance(verdict, (Map, Activation)) and isinstance(operand := node.args[0], Node):
-            sizes[node] = _after(sizes[operand], verdict) if _rank(operand) == _rank(node) else sizes[node]
+            sizes[node] = (_rank(operand) == _rank(node) and _after(sizes[operand], verdict)) or sizes[node]
     return sizes
 
 
@@ -81,15 +81,21 @@ def _rank(node: Node) -> int:
 
 
 def _own_size(node: Node) -> _Size:
-    return node, ((1, -1),) * max(0, _rank(node) - 2)
+    return node, ((1, 1, -1),) * max(0, _rank(node) - 2)
 
 
-def _after(size: _Size, verdict: Map | Activation) -> _Size:
+def _after(size: _Size, verdict: Map | Activation) -> _Size | None:
+    """The size behind a map, as :mod:`fxmerge.core.geometry` composes them; None where what became smaller becomes larger."""
     if isinstance(verdict, Activation):
         return size
     root, axes = size
-    steps = zip(axes, verdict.geometry.axes, strict=True)
-    return root, tuple((stride * axis.stride, excess + stride * (1 + axis.excess)) for (stride, excess), axis in steps)
+    steps = list(zip(axes, verdict.geometry.axes, strict=True))
+    if any(stride > 1 and axis.up > 1 for (_, stride, _), axis in steps):
+        return None
+    return root, tuple(
+        (up * axis.up, stride * axis.stride, axis.up * (excess + stride) + stride * axis.excess)
+        for (up, stride, excess), axis in steps
+    )
 
 
 def _alike(first: object, second: object, sizes: Mapping[Node, _Size]) -> bool:

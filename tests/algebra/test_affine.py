@@ -22,6 +22,7 @@ from fxmerge.core.geometry import Axis, Geometry
 #: An image without borders: a window of positions, (first, one behind the last) on every axis -> (1, C, *sizes).
 Image: TypeAlias = Callable[[tuple[tuple[int, int], ...]], Tensor]
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def noise(channels: int, dims: int) -> Image:
@@ -37,8 +38,10 @@ def noise(channels: int, dims: int) -> Image:
 
 
 def run(affine: Affine, image: Image) -> Image:
-    """What a map makes of an image, by torch's convolution."""
+    """What a map makes of an image, by torch's convolution, transposed where it makes it larger."""
     g = affine.geometry
+    if g.enlarges:
+        return _run_transposed(affine, image)
 
     def result(window: tuple[tuple[int, int], ...]) -> Tensor:
         read = tuple(
@@ -47,6 +50,25 @@ def run(affine: Affine, image: Image) -> Image:
         )
         convolve: Any = CONVOLVE[len(g.axes)]
         made: Tensor = convolve(image(read), affine.weight, affine.bias, g.stride, 0, g.dilation, g.groups)
+        return made
+
+    return result
+
+
+def _run_transposed(affine: Affine, image: Image) -> Image:
+    """Of pixels first.. torch gives outputs from first*up on, each with its extent - 1 before it; more than enough are computed."""
+    g = affine.geometry
+    blocks = affine.weight.unflatten(0, (g.groups, -1)).transpose(1, 2).flatten(0, 1)
+    weight = blocks.flip(tuple(range(2, blocks.dim())))
+    transpose: Any = TRANSPOSE[len(g.axes)]
+
+    def result(window: tuple[tuple[int, int], ...]) -> Tensor:
+        spans = list(zip(g.axes, window, strict=True))
+        read = tuple(((first + a.offset) // a.up - 1, (last + a.offset + a.extent) // a.up + 2) for a, (first, last) in spans)
+        whole = transpose(image(read), weight, affine.bias, g.up, 0, 0, g.groups, g.dilation)
+        starts = [first + a.offset + a.extent - 1 - a.up * low for (a, (first, _)), (low, _) in zip(spans, read, strict=True)]
+        cut = [slice(start, start + last - first) for start, (first, last) in zip(starts, window, strict=True)]
+        made: Tensor = whole[(slice(None), slice(None), *cut)]
         return made
 
     return result
@@ -82,14 +104,36 @@ def geometries(
     return Geometry(inputs, outputs, tuple(axes), groups, draw(st.booleans()))
 
 
+def nearest(channels: int, *factors: int) -> Affine:
+    geometry = Geometry(channels, channels, tuple(map(Axis.nearest, factors)), channels)
+    return Affine.of(geometry, torch.ones(geometry.weight_shape))
+
+
 @st.composite
-def chains(draw: st.DrawFn, length: int) -> list[Affine]:
+def enlarging(draw: st.DrawFn, dims: int, inputs: int, seed: int, up: tuple[int, ...] | None = None, **shape: int) -> Affine:
+    """A transposed convolution, of these factors if given, or nearest upsampling."""
+    up = up or tuple(draw(st.integers(1, 3)) for _ in range(dims))
+    if not shape and draw(st.booleans()):
+        return nearest(inputs, *up)
+    plain = draw(geometries(dims, inputs, shape.get("outputs"), (1,) * dims))
+    axes = tuple(
+        Axis.transposed(a.taps, u, draw(st.integers(-1, 4)), draw(st.integers(-3, 2)), a.dilation)
+        for a, u in zip(plain.axes, up, strict=True)
+    )
+    return random_affine(replace(plain, axes=axes, even=False), seed)
+
+
+@st.composite
+def chains(draw: st.DrawFn, length: int, *, larger: bool = False) -> list[Affine]:
     dims, channels = draw(st.integers(1, 2 if length > 2 else 3)), draw(CHANNELS)
     maps: list[Affine] = []
     for number in range(length):
-        geometry = draw(geometries(dims, channels))
-        maps.append(random_affine(geometry, number))
-        channels = geometry.out_channels
+        if larger and draw(st.booleans()):
+            maps.append(draw(enlarging(dims, channels, number)))
+        else:
+            geometry = draw(geometries(dims, channels, None, (1,) * dims if larger else None))
+            maps.append(random_affine(geometry, number))
+        channels = maps[-1].geometry.out_channels
     return maps
 
 
@@ -97,6 +141,10 @@ def chains(draw: st.DrawFn, length: int) -> list[Affine]:
 def pairs(draw: st.DrawFn, *, same_outputs: bool) -> tuple[Affine, Affine]:
     """Two maps of one input and one stride."""
     dims, inputs = draw(st.integers(1, 2)), draw(CHANNELS)
+    if draw(st.booleans()):
+        first = draw(enlarging(dims, inputs, 1))
+        shape = {"outputs": first.geometry.out_channels if same_outputs else draw(CHANNELS)}
+        return first, draw(enlarging(dims, inputs, 2, first.geometry.up, **shape))
     one = draw(geometries(dims, inputs))
     other = draw(geometries(dims, inputs, one.out_channels if same_outputs else None, one.stride))
     return random_affine(one, 1), random_affine(other, 2)
@@ -112,6 +160,37 @@ class TestThen:
     def test_a_chain_is_its_convolutions_in_sequence(self, maps: list[Affine]) -> None:
         image, dims = image_for(maps[0])
         assert_same(run(maps[0].then(maps[1]), image), run(maps[1], run(maps[0], image)), dims)
+
+    @given(chains(2, larger=True))
+    def test_a_chain_that_makes_the_image_larger_is_its_maps_in_sequence(self, maps: list[Affine]) -> None:
+        one, two = maps
+        if one.geometry.bias and not two.geometry.even:
+            with pytest.raises(ValueError, match="becomes a pattern"):
+                one.then(two)
+            one = replace(one, geometry=replace(one.geometry, bias=False), bias=torch.zeros_like(one.bias))
+        image, dims = image_for(one)
+        assert_same(run(one.then(two), image), run(two, run(one, image)), dims)
+
+    def test_a_bias_passes_through_nearest_upsampling_and_what_is_behind_it(self) -> None:
+        one = random_affine(Geometry(2, 3, (Axis.convolution(3, 1, (1, 1), 1),) * 2, bias=True), 1)
+        three = random_affine(Geometry(3, 2, (Axis.convolution(3, 1, (1, 1), 1),) * 2, bias=True), 2)
+        two, image = nearest(3, 2, 3), noise(2, 2)
+        expected = run(three, run(two, run(one, image)))
+        assert_same(run(one.then(two.then(three)), image), expected, 2)
+        assert_same(run(one.then(two).then(three), image), expected, 2)
+
+    def test_nearest_upsampling_is_torchs(self) -> None:
+        image = noise(2, 2)
+        found = run(nearest(2, 3, 2), image)(((0, 12), (0, 8)))
+        assert torch.equal(found, F.interpolate(image(((0, 4), (0, 4))), scale_factor=(3, 2)))
+
+    @given(chains(3, larger=True))
+    def test_chains_that_make_the_image_larger_associate(self, maps: list[Affine]) -> None:
+        maps = [replace(a, geometry=replace(a.geometry, bias=False), bias=torch.zeros_like(a.bias)) for a in maps]
+        a, b, c = maps
+        left, right = a.then(b).then(c), a.then(b.then(c))
+        assert left.geometry == right.geometry
+        torch.testing.assert_close(left.weight, right.weight, rtol=1e-11, atol=1e-11)
 
     @given(chains(3))
     def test_chains_associate(self, maps: list[Affine]) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.least_squares import NormalEquations, covering, patches
+from fxmerge.algebra.module import turned
 from fxmerge.core.geometry import Axis, Geometry
 
 
@@ -24,6 +25,20 @@ def apply(affine: Affine, x: torch.Tensor) -> torch.Tensor:
 
 def random_affine(g: Geometry) -> Affine:
     return Affine.of(g, torch.randn(g.weight_shape), torch.randn(g.out_channels))
+
+
+@pytest.mark.parametrize(("kernel", "padding", "spare", "groups"), [(4, 1, 0, 1), (2, 0, 0, 2), (3, 1, 1, 4), (5, 0, 1, 1)])
+def test_a_transposed_convolution_is_recovered_as_well(kernel: int, padding: int, spare: int, groups: int) -> None:
+    axis = Axis.transposed(kernel, 2, padding, spare, 1)
+    true = random_affine(Geometry(4, 4, (axis, axis), groups, True, even=False))
+    equations = NormalEquations.empty(true.geometry)
+    weight = turned(true.weight, groups)
+    for _ in range(3):
+        x = torch.randn(6, 4, 9, 8, dtype=torch.float64)
+        equations.add(x, {"y": F.conv_transpose2d(x, weight, true.bias, 2, padding, spare, groups)})
+    found = equations.solve("y", true.geometry, ridge=1e-14)
+    assert torch.allclose(found.weight, true.weight, atol=1e-8)
+    assert torch.allclose(found.bias, true.bias, atol=1e-8)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "groups"), [(3, 1, 1), (3, 2, 1), (1, 1, 1), (5, 1, 2), (3, 1, 4)])

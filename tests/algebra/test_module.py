@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from fxmerge.algebra.module import convolution, convolution_with, separate_padding
+from fxmerge.algebra.module import convolution, convolution_with, convolved, separate_padding
 from fxmerge.core.geometry import Axis, Geometry
-from tests.algebra.test_affine import noise, random_affine, run
+from tests.algebra.test_affine import enlarging, noise, random_affine, run
 
 
 def padded(*pads: tuple[int, int], **options: Any) -> Geometry:
@@ -44,6 +46,22 @@ def test_it_computes_the_map_borders_included(pads: list[tuple[int, int]], bias:
     expected = run(affine, lambda window: outside[(..., *(slice(a + 30, b + 30) for a, b in window))])
     found = module(F.pad(inside, separate_padding(geometry)))
     torch.testing.assert_close(found, expected(tuple((0, n) for n in geometry.outputs(sizes))), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60)
+@given(st.data(), st.integers(1, 3))
+def test_a_map_that_makes_the_image_larger_is_a_transposed_convolution_borders_included(data: st.DataObject, dims: int) -> None:
+    affine = data.draw(enlarging(dims, 4, 0, tuple(data.draw(st.integers(2, 3)) for _ in range(dims))))
+    geometry, sizes = affine.geometry, (4, 5, 3)[:dims]
+    assume(all(n > 0 for n in geometry.outputs(sizes)))
+    inside = noise(4, dims)(tuple((0, n) for n in sizes))
+    outside = F.pad(inside, (20, 20) * dims)
+    expected = run(affine, lambda window: outside[(..., *(slice(a + 20, b + 20) for a, b in window))])
+    whole = expected(tuple((0, n) for n in geometry.outputs(sizes)))
+    module = convolution_with(affine, like=affine.weight, bias=geometry.bias)
+    assert type(module) is {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+    torch.testing.assert_close(module(F.pad(inside, separate_padding(geometry) or (0, 0))), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(convolved(affine, inside), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dims", "kind"), [(1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])

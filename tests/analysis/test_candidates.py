@@ -74,6 +74,46 @@ class TestOffers:
         offered = ids(found("residual_plus"), "relu -> bn2", Space(max_kernel=3))
         assert offered == ["identity", "composed 4->4 3x3 pruned", "fitted 4->4 3x3", "fitted 4->4 1x1"]
 
+    def test_nearest_upsampling_and_a_convolution_are_one_exactly(self) -> None:
+        assert ids(found("upsampling_one_dimension"), "input_1 -> _2") == [
+            "composed 3->4 7 u3",
+            "fitted 3->4 7 u3",
+            "fitted 3->4 4 u3",
+        ]
+        [exact] = [c for c in candidates(found("upsampling_one_dimension"), "input_1 -> _2") if c.exact]
+        assert exact.geometry.padding == ((1, 1),)
+
+    def test_a_bias_before_nearest_upsampling_makes_its_border_differ(self) -> None:
+        net = nn.Sequential(conv(3, 4, 1, bias=True), nn.Upsample(scale_factor=2), conv(4, 4))
+        found_ = find_segments(trace(net, images().float()))
+        assert not any(c.exact for c in candidates(found_, "input_1 -> _2"))
+        net[0].bias = None
+        assert any(c.exact for c in candidates(find_segments(trace(net, images().float())), "input_1 -> _2"))
+
+    def test_a_bias_that_would_become_a_pattern_leaves_fitted_candidates_alone(self) -> None:
+        offered = candidates(found("generator"), "_2 -> _5")
+        assert {c.kind for c in candidates(found("generator"), "input_1 -> _5")} == {"fitted"}
+        assert {c.kind for c in offered} == {"fitted"}
+
+    def test_a_convolution_beside_an_upsampling_may_be_pruned_with_its_bias(self) -> None:
+        net = nn.Sequential(conv(4, 4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.ReLU(), conv(4, 4))
+        offered = candidates(find_segments(trace(net, torch.zeros(1, 4, 12, 12))), "input_1 -> _4")
+        assert [(str(c.geometry), c.removed) for c in offered if c.kind == "composed"] == [
+            ("4->4 6x6 u2x2", ("_0",)),
+            ("4->4 4x4 u2x2", ("_0", "_4")),
+        ]
+
+    def test_a_kernel_is_as_large_as_the_pixels_that_one_output_reads(self) -> None:
+        net = nn.Sequential(conv(3, 4), nn.Upsample(scale_factor=2), conv(4, 4))
+        found_ = find_segments(trace(net, torch.zeros(1, 3, 12, 12)))
+        assert "composed 3->4 8x8 u2x2" in ids(found_, "input_1 -> _2", Space(max_kernel=4))
+        assert "composed 3->4 8x8 u2x2" not in ids(found_, "input_1 -> _2", Space(max_kernel=3))
+
+    def test_no_fitted_kernel_leaves_outputs_that_read_nothing(self) -> None:
+        for name in ("generator", "transposed_convolutions", "decoder"):
+            for candidate in candidates(found(name)):
+                assert candidate.kind != "fitted" or all(axis.taps >= axis.up for axis in candidate.geometry.axes if axis.taps > 1)
+
     @pytest.mark.parametrize("name", zoo.ZOO)
     def test_ids_are_unique_in_a_network(self, name: str) -> None:
         offered = ids(found(name))

@@ -204,6 +204,23 @@ class TestWhatIsRefused:
         assert refusal.target == "add"
         assert refusal.source.startswith(__file__)
 
+    @pytest.mark.parametrize(
+        ("layers", "detail"),
+        [
+            ((conv(3, 4, stride=2), nn.Upsample(scale_factor=2), conv(4, 4)), "became smaller by 2 is made larger by 2"),
+            ((nn.ConvTranspose2d(3, 4, 2, 2), conv(4, 4, stride=2)), "became larger by 2 is made smaller by 2"),
+            ((conv(3, 4, stride=(2, 1)), nn.ConvTranspose2d(4, 4, 2, (1, 2))), "larger on one axis becomes smaller on another"),
+        ],
+    )
+    def test_smaller_and_larger_in_one_stretch_is_refused(self, layers: tuple[nn.Module, ...], detail: str) -> None:
+        refusals = findings(nn.Sequential(*layers)).refusals
+        assert any(r.reason is Reason.UPSAMPLING and detail in r.detail for r in refusals), refusals
+
+    def test_branches_enlarged_by_different_factors_are_refused(self) -> None:
+        layers = {"a": nn.ConvTranspose2d(3, 3, 2, 2), "b": nn.ConvTranspose2d(3, 3, 2, 1, output_padding=0), "c": conv(3, 3)}
+        found = findings(Net(lambda s, x: s.a(x) + s.c(F.pad(x, (0, 12, 0, 12))), **layers))
+        assert only(found, "add").reason is Reason.UPSAMPLING
+
     def test_a_hook_comes_with_advice(self) -> None:
         assert "remove the hooks" in only(findings(_hooked()), "_0").advice
 

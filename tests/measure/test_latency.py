@@ -52,6 +52,24 @@ def test_a_norm_behind_a_convolution_that_enters_a_segment_leaves_that_tensor_in
     fxmerge.testing.assert_equivalent(model, result.baseline, [images(2)])
 
 
+def test_what_is_timed_for_an_upsampling_is_the_transposed_convolution_that_is_built() -> None:
+    model = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 3, padding=1)).eval()
+    findings = fxmerge.find_segments(fxmerge.trace(model, images(2)))
+    proposals = fxmerge.propose(findings, fxmerge.Space(fitted=False))
+    table = fxmerge.measure_latency(findings, proposals, images(2), timer=PriceTimer())
+    [[candidate]] = [p.candidates for p in proposals]
+    assert table.candidates[candidate.id].startswith("ConvTranspose(3, 4, kernel_size=(4, 4), stride=(2, 2), padding=(1, 1)")
+
+
+def test_a_convolution_and_a_transposed_one_of_the_same_settings_are_timed_apart() -> None:
+    same = (4, 4, 4, 2, 1)
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2), nn.ReLU(), nn.Conv2d(*same), nn.ReLU(), nn.ConvTranspose2d(*same))
+    findings = fxmerge.find_segments(fxmerge.trace(model.eval(), images(2)))
+    table = fxmerge.measure_latency(findings, fxmerge.propose(findings), images(2), timer=PriceTimer())
+    keys = [key for key in table.measurements if "kernel_size=(4, 4), stride=(2, 2), padding=(1, 1)" in key]
+    assert {key.partition("(")[0] for key in keys} == {"Conv", "ConvTranspose"}
+
+
 def test_worthwhile_refuses_the_table_of_another_network() -> None:
     findings, proposals = found(network(), images(2))
     other, others = found(network(blocks=2), images(2))

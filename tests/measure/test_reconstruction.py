@@ -13,6 +13,8 @@ from fxmerge.measure.latency import worthwhile
 from fxmerge.measure.replay import Replay
 from tests.fakes import PriceTimer
 from tests.small import images, network
+from tests.zoo import images as zoo_images
+from tests.zoo import specimen
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,23 @@ def test_every_candidate_gets_a_loss_that_a_whole_rebuilt_network_confirms(found
             with torch.no_grad():
                 loss = float(fxmerge.measure.divergence.divergence(reference, student(data)).mean())  # type: ignore[attr-defined]
             assert table.loss(candidate.id) == pytest.approx(min(loss, 1e6), rel=1e-2, abs=1e-6)
+
+
+def test_candidates_that_make_the_image_larger_are_scored_and_fitted_as_they_are_built() -> None:
+    model, data = specimen("decoder"), zoo_images("decoder", batch=16)
+    findings = fxmerge.find_segments(fxmerge.trace(model, data[:2]))
+    proposals = [p for p in fxmerge.propose(findings) if str(p.segment) == "relu -> relu_1"]
+    losses = fxmerge.measure_importance(findings, proposals, data)
+    [composed, largest, small] = proposals[0].candidates
+    assert (composed.exact, losses.loss(composed.id)) == (True, 0.0)
+    assert losses.loss(largest.id) < 1e-6  # what it is fitted to is such a map
+    assert losses.loss(small.id) > 1e-3
+    for candidate, loss in ((largest, 1e-6), (small, losses.loss(small.id))):
+        plan = fxmerge.Plan(findings.fingerprint, (candidate,))
+        student = fxmerge.linearize(fxmerge.annotate(findings.graph, plan), weights=fxmerge.fit(findings, plan, data))
+        with torch.no_grad():
+            found = fxmerge.measure.divergence.divergence(findings.graph(data), student(data))  # type: ignore[attr-defined]
+        assert float(found.mean()) == pytest.approx(loss, rel=1e-3, abs=1e-6)
 
 
 def test_small_memory_means_more_groups_and_the_same_losses(found) -> None:  # type: ignore[no-untyped-def]

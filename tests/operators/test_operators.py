@@ -69,6 +69,11 @@ MAPS: dict[str, Forward] = {
     "slices in a row": lambda s, x: x[:, 1:][:, :, ::2][:, :, :, 1:],
     "F.avg_pool2d": lambda s, x: F.avg_pool2d(x, 3, 2, padding=1),
     "channel_shuffle": lambda s, x: F.channel_shuffle(x, 3),
+    "nearest": lambda s, x: F.interpolate(x, scale_factor=2),
+    "nearest by floats": lambda s, x: F.interpolate(x, None, (3.0, 2.0), "nearest"),
+    "nearest-exact": lambda s, x: F.interpolate(x, scale_factor=(1, 3), mode="nearest-exact"),
+    "upsample_nearest2d": lambda s, x: torch.ops.aten.upsample_nearest2d.vec(x, None, [2.0, 5.0]),
+    "_upsample_nearest_exact2d": lambda s, x: torch.ops.aten._upsample_nearest_exact2d.vec(x, None, [2.0, 1.0]),
     "nn.Dropout": lambda s, x: s.dropout(x),
 }
 
@@ -81,6 +86,12 @@ MODULES: dict[str, nn.Module] = {
     "Conv2d same": nn.Conv2d(3, 4, (3, 2), padding="same", dilation=(1, 2)),
     "ConvTranspose2d": nn.ConvTranspose2d(3, 4, 3),
     "ConvTranspose2d padded": nn.ConvTranspose2d(3, 6, (3, 2), 1, (2, 0), groups=3, dilation=(1, 2), bias=False),
+    "ConvTranspose2d strided": nn.ConvTranspose2d(3, 4, 4, 2, 1),
+    "ConvTranspose2d short": nn.ConvTranspose2d(3, 6, (1, 2), (3, 2), 0, (2, 0), groups=3),
+    "ConvTranspose2d far": nn.ConvTranspose2d(3, 6, (4, 3), (2, 3), (4, 5), (1, 2), groups=3, dilation=(3, 1), bias=False),
+    "Upsample": nn.Upsample(scale_factor=3),
+    "Upsample exact": nn.Upsample(scale_factor=(2.0, 1.0), mode="nearest-exact"),
+    "UpsamplingNearest2d": nn.UpsamplingNearest2d(scale_factor=2),
     "Conv2d grouped": nn.Conv2d(3, 6, (2, 5), 3, (1, 2), (4, 1), 3),
     "BatchNorm2d": nn.BatchNorm2d(3, eps=0.1),
     "Dropout2d": nn.Dropout2d(),
@@ -124,11 +135,42 @@ class TestMaps:
         assert node.target is F.channel_shuffle
         assert isinstance(verdict, Map)
 
-    @pytest.mark.parametrize("stride", [2, (1, 2)])
-    def test_a_transposed_convolution_that_enlarges_is_refused(self, stride: Any) -> None:
-        verdict = last(lambda s, x: s.a(x), a=nn.ConvTranspose2d(3, 4, 2, stride))[2]
+    def test_a_transposed_convolution_whose_size_is_given_in_the_call_is_refused(self) -> None:
+        verdict = last(lambda s, x: s.a(x, output_size=(24, 25)), a=nn.ConvTranspose2d(3, 4, 2, 2))[2]
         assert isinstance(verdict, Opaque)
         assert verdict.reason is Reason.UPSAMPLING
+        assert verdict.detail == "output_size is given in the call"
+
+    @pytest.mark.parametrize(
+        "forward",
+        [
+            lambda s, x: F.interpolate(x, size=(24, 24)),
+            lambda s, x: F.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3])),
+            lambda s, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+            lambda s, x: F.interpolate(x, scale_factor=1.5),
+            lambda s, x: F.interpolate(x, scale_factor=0.5),
+            lambda s, x: F.interpolate(x, scale_factor=(2, 2.5)),
+            lambda s, x: F.interpolate(x, scale_factor=2, recompute_scale_factor=True),
+            lambda s, x: F.interpolate(x, scale_factor=33),
+            lambda s, x: F.interpolate(x, scale_factor=(2.0, 2.0), mode="nearest", recompute_scale_factor=True),
+            lambda s, x: F.interpolate(x, scale_factor=(2.0, 2.0), mode="bicubic"),
+            lambda s, x: torch.ops.aten.upsample_nearest2d.vec(x, [24, 24], None),
+            lambda s, x: s.bilinear(x),
+            lambda s, x: s.sized(x),
+        ],
+    )
+    def test_resizing_by_anything_but_whole_factors_stays(self, forward: Forward) -> None:
+        modules = {"bilinear": nn.Upsample(scale_factor=2, mode="bilinear"), "sized": nn.Upsample(size=(24, 24))}
+        graph, _, verdict = last(forward, **modules)
+        assert isinstance(verdict, Opaque)
+        x = images()
+        assert torch.equal(graph(x), forward(graph, x) if verdict.detail != "Upsample" else Net(forward, **modules)(x))
+
+    @pytest.mark.parametrize("factor", range(2, 33))
+    @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+    def test_torch_repeats_every_pixel_as_often_as_the_factor_says(self, mode: str, factor: int) -> None:
+        x = torch.arange(2000.0)[None, None]
+        assert torch.equal(F.interpolate(x, scale_factor=factor, mode=mode), x.repeat_interleave(factor, 2))
 
     @pytest.mark.parametrize("norm", [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm(12)])
     def test_a_norm_that_depends_on_its_input_is_refused(self, norm: nn.Module) -> None:

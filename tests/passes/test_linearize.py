@@ -77,6 +77,32 @@ class TestComposed:
             "relu_2 = relu(add)",
         ]
 
+    def test_what_an_upsampling_makes_too_much_of_a_halo_is_cropped_behind_it(self) -> None:
+        student = Bench("decoder").student("relu->relu_1 composed 4->3 4x4 u2x2")
+        assert text(student)[3:8] == [
+            "pad = pad(relu, (1, 1, 1, 1))",
+            "interpolate_2 = interpolate(pad)",
+            "interpolate = pad(interpolate_2, (-1, -1, -1, -1))",
+            "a = a(interpolate)",
+            "relu_1 = relu(a)",
+        ]
+
+    def test_an_exit_that_is_cropped_keeps_its_name(self) -> None:
+        bench = Bench("transposed_convolutions")
+        student = bench.student("input_1->_3 composed 3->6 8x7 u2x2")
+        assert text(student)[:5] == [
+            "pad = pad(input_1, (1, 1, 2, 2))",
+            "_0 = 0(pad)",
+            "_2_1 = 2(_0)",
+            "_2 = pad(_2_1, (-1, 0, -1, -1))",
+            "_3 = relu(_2)",
+        ]
+
+    def test_an_unpadded_transposed_convolution_begins_with_the_first_output_that_its_pixels_suffice_for(self) -> None:
+        student = Bench("parallel_upsampling").student("relu->relu_1 composed 3->4 4x4 u2x2")
+        short, deep = (student.get_submodule(name) for name in ("short", "deep"))
+        assert (short.padding, deep.padding) == ((0, 0), (0, 0))
+
     def test_nothing_inside_pads_any_more(self) -> None:
         for name in ("zero_pad_module", "same_padding", "average_pool", "non_square", "option_a_skip"):
             bench = Bench(name)

@@ -58,6 +58,10 @@ class TestMayBeOverwritten:
         layers = {"a": conv(3, 3, stride=2), "b": conv(3, 3, 1, stride=2, padding=0), "pool": nn.MaxPool2d(2)}
         assert in_place(lambda s, x: (lambda y: s.a(s.a1(y)) + s.b(y))(s.pool(x)), a1=conv(3, 3), **layers) == {"add"}
 
+    def test_a_sum_of_two_paths_that_double_the_image(self) -> None:
+        layers = {"a": nn.ConvTranspose2d(3, 3, 4, 2, 1), "b": conv(3, 3), "up": nn.Upsample(scale_factor=2)}
+        assert in_place(lambda s, x: s.a(x) + s.b(s.up(x)), **layers) == {"add"}
+
     def test_the_second_operand_where_the_first_is_read_again(self) -> None:
         def forward(s: Any, x: Any) -> Any:
             y = s.a(x)
@@ -144,6 +148,12 @@ class TestMustNotBeOverwritten:
         pair = [images(batch=batch) for batch in batches]
         with torch.no_grad():
             assert relative_error(model(*pair), graph(*pair)) == 0
+
+    def test_operands_of_which_one_became_smaller_and_larger_again(self) -> None:
+        layers = {"a": conv(3, 3), "down": conv(3, 3, stride=2), "up": nn.ConvTranspose2d(3, 3, 2, 2)}
+        assert in_place(lambda s, x: s.a(x) + s.up(s.down(x)), **layers) == set()
+        layers = {"up": nn.ConvTranspose2d(3, 3, 2, 2), "a": nn.Conv2d(3, 3, 2, 2, 1), "b": nn.Conv2d(3, 3, 2, 2, 2)}
+        assert in_place(lambda s, x: s.up(s.a(x)) + s.b(s.nearest(x)), nearest=nn.Upsample(scale_factor=2), **layers) == set()
 
     def test_operands_whose_sizes_agree_for_the_example_alone(self) -> None:
         def forward(s: Any, x: Any) -> Any:
