@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def add_module(graph: GraphModule, wanted: str, module: nn.Module) -> str:
 def become_module(graph: GraphModule, node: Node, target: str, module: nn.Module, operand: Node) -> None:
     """Turn a node into the call of a new module; its name, its readers and the rest of its facts stay."""
     put_module(graph, target, module.train(graph.training))
-    node.op, node.target, node.args, node.kwargs = "call_module", target, (operand,), {}
+    _retarget(node, "call_module", target, (operand,))
     record(node, target=target)
 
 
@@ -85,15 +85,20 @@ def note_pad(padded: Node, *, source: str = "") -> None:
 
 def become_turned(node: Node, operand: Node) -> None:
     """Turn a node into the permutation that gives a tensor its other layout; its name, its readers, the rest of its facts stay."""
-    node.op, node.target, node.args, node.kwargs = "call_function", torch.permute, turn(operand), {}
+    _retarget(node, "call_function", torch.permute, turn(operand))
     record(node, target="permute")
 
 
 def take_place(node: Node, made: Node) -> None:
     """Turn a node into another, which nobody reads and which goes; its name, its readers and the rest of its facts stay."""
-    node.op, node.target, node.args, node.kwargs = made.op, made.target, made.args, made.kwargs
+    _retarget(node, made.op, made.target, made.args)
     record(node, target=facts(made).target)
     node.graph.erase_node(made)
+
+
+def _retarget(node: Node, op: str, target: Any, args: tuple[Argument, ...]) -> None:
+    node.op, node.target, node.args, node.kwargs = op, target, args, {}
+    node.meta.pop("is_wrapped", None)  # torch.fx would wrap the new target when the graph's code runs
 
 
 def bypass(node: Node, operand: Argument) -> None:
