@@ -78,5 +78,7 @@ def test_tokens_are_channels_last_from_their_permutation_on() -> None:
 
 
 def test_only_a_change_of_layout_turns() -> None:
-    graph = trace(Net(lambda s, x: s.fc(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 2, 1), a=conv(3, 4), fc=nn.Linear(4, 4)), torch.randn(IMAGE))
+    graph = trace(
+        Net(lambda s, x: s.fc(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 2, 1), a=conv(3, 4), fc=nn.Linear(4, 4)), torch.randn(IMAGE)
+    )
     assert [node.name for node in graph.graph.nodes if turns(node)] == ["permute"]
