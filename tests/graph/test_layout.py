@@ -68,6 +68,13 @@ def test_what_is_known_behind_a_permutation_holds_before_it() -> None:
     assert last(lambda s, x: s.a((x + 1).permute(0, 3, 1, 2)), a=conv(7, 4)) == {"x", "add"}
 
 
+def test_what_is_known_behind_two_permutations_holds_before_both() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.fc((x + 1).permute(0, 3, 1, 2).sin().permute(0, 2, 3, 1))  # type: ignore[no-any-return]
+
+    assert last(forward, fc=nn.Linear(7, 4)) == {"x", "add", "permute_1", "fc"}
+
+
 def test_tokens_are_channels_last_from_their_permutation_on() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         y = s.a(x).flatten(2).transpose(1, 2)

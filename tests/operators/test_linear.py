@@ -131,6 +131,12 @@ class TestOpaque:
         assert isinstance(found, Opaque), found
         assert found.reason is reason
 
+    def test_as_many_rows_as_channels_are_no_channels(self) -> None:
+        square = torch.randn(2, 3, 3, 3)
+        rows = verdict(lambda s, x: s.l(x) * torch.arange(3.0).view(3, 1, 1), square, l=nn.Linear(3, 3))
+        assert isinstance(rows, Opaque)
+        assert isinstance(verdict(lambda s, x: s.l(x) * torch.arange(3.0), square, l=nn.Linear(3, 3)), Map)
+
     @pytest.mark.parametrize("other", [lambda s, y: s.a(y), lambda s, y: F.avg_pool2d(y, 2)])
     def test_a_linear_layer_whose_tensor_is_an_image_gives_way(self, other: Callable[[Any, Any], Any]) -> None:
         graph = trace(Net(lambda s, x: other(s, s.l(x)), l=nn.Linear(3, 3), a=conv(5, 4)), torch.randn(2, 5, 7, 3))
@@ -228,6 +234,9 @@ class TestWhatIsBuilt:
             assert type(module_of(merged, made)) is nn.Linear
             assert not any(node.target is torch.permute for node in merged.graph.nodes)
             assert relative_error(student(x), merged(x)) < 1e-12
+            normed = linearize(annotate(graph, Plan(findings.fingerprint, (candidate,))), norms=True)
+            assert relative_error(normed(x), fuse(normed)(x)) < 1e-12
+            assert len(added_norms(normed)) == (kind == "fitted")
 
     def test_what_is_timed_is_what_is_built(self) -> None:
         graph, x = network()
