@@ -1083,7 +1083,7 @@ _MERGEABLE: _Groups = (
     (3, _CONCAT),
     (3, _NORMS),
     (2, _WITH_CONSTANTS),
-    (2, _ON_CHANNELS_LAST),
+    (1, _ON_CHANNELS_LAST),
     (1, _POOLS[:1]),
     (3, _OF_CHANNELS),
     (1, _OF_SPACE),
