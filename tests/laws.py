@@ -15,7 +15,11 @@ from fxmerge.algebra.module import convolution, separate_padding
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal
+from fxmerge.graph.constants import constant_value
+from fxmerge.graph.layout import to_last, turns
+from fxmerge.graph.meta import facts
 from fxmerge.graph.query import module_of, node_named
+from fxmerge.operators import is_linear
 from fxmerge.passes.annotate import annotate, merges, stretch
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import Linearize
@@ -142,10 +146,21 @@ def _blame(graph: GraphModule, plan: Plan, x: Tensor, *, norms: bool) -> Iterato
 
 def _assert_as_promised(merged: GraphModule, exit_node: Node, merge: Candidate) -> None:
     """What was built is what the candidate said, for that is what is timed."""
+    layers = _layers(exit_node, merge)
+    entry, exit_facts = layers[0].all_input_nodes[0], facts(exit_node)
+    linear = is_linear(merge.geometry, facts(entry), exit_facts)
+    assert any(turns(node) for node in layers) == (not linear and (facts(entry).channels_last or exit_facts.channels_last)), (
+        merge.id
+    )
+    [built] = [module for node in layers if (module := module_of(merged, node)) is not None]
+    assert bool(separate_padding(merge.geometry)) == any(node.target is F.pad for node in layers), f"padding of {merge.id}"
+    if linear:
+        assert isinstance(built, nn.Linear), f"{merge.id} became {built}"
+        assert (built.in_features, built.out_features) == (merge.geometry.in_channels, merge.geometry.out_channels), merge.id
+        assert built.bias is None or merge.geometry.bias, f"{merge.id} has grown a bias"
+        return
     promised = convolution(merge.geometry, device="meta")
-    built = module_of(merged, exit_node)
     assert isinstance(built, nn.modules.conv._ConvNd), f"{merge.id} became {built}"
-    assert bool(separate_padding(merge.geometry)) == (_pad_before(exit_node, merge) is not None), f"padding of {merge.id}"
     for fact in ("kernel_size", "stride", "padding", "groups", "in_channels", "out_channels"):
         assert getattr(built, fact) == getattr(promised, fact), f"{fact} of {merge.id}"
     taps = zip(built.kernel_size, built.dilation, promised.dilation, strict=True)
@@ -153,22 +168,28 @@ def _assert_as_promised(merged: GraphModule, exit_node: Node, merge: Candidate) 
     assert built.bias is None or merge.geometry.bias, f"{merge.id} has grown a bias"
 
 
-def _pad_before(exit_node: Node, merge: Candidate) -> Node | None:
-    """The pad that a merge has put before its convolution. (The model's own may stand there as well.)"""
-    operand = exit_node.args[0]
-    assert isinstance(operand, Node)
+def _layers(exit_node: Node, merge: Candidate) -> list[Node]:
+    """What a merge has become: a convolution, and before it a permutation and a pad, behind it a permutation, if there are any.
+
+    The model's own pads and permutations may stand there as well.
+    """
+    layers = [exit_node]
+    if turns(exit_node):
+        layers.insert(0, exit_node.all_input_nodes[0])
+    operand = layers[0].all_input_nodes[0]
     amounts = separate_padding(merge.geometry)
-    return operand if amounts and operand.target is F.pad and operand.args[1] == amounts else None
+    if amounts and operand.target is F.pad and operand.args[1] == amounts:
+        layers.insert(0, operand)
+        operand = operand.all_input_nodes[0]
+    return [operand, *layers] if turns(operand) and operand.name != merge.entry else layers
 
 
 def _assert_piece(student: GraphModule, merged: GraphModule, exit_node: Node, merge: Candidate, tolerance: float) -> None:
     """The stretch in the student and the one convolution agree on an image larger than the kernel, and on one smaller."""
     entry, nodes = stretch(student, exit_node, merge)
     made = _exit(merged, merge)
-    pad = _pad_before(made, merge)
-    layers = [made] if pad is None else [pad, made]
-    operand = layers[0].args[0]
-    assert isinstance(operand, Node)
+    layers = _layers(made, merge)
+    operand = layers[0].all_input_nodes[0]
     like = next(merged.parameters())
     for extra in (2, 0):
         size = [axis.extent + axis.stride * extra + i for i, axis in enumerate(merge.geometry.axes)]
@@ -179,8 +200,10 @@ def _assert_piece(student: GraphModule, merged: GraphModule, exit_node: Node, me
             continue
         generator = torch.Generator().manual_seed(len(merge.id))
         x = torch.randn(2, merge.geometry.in_channels, *size, generator=generator, dtype=like.dtype)
+        x = x.permute(to_last(x.dim())) if facts(entry).channels_last else x
         expected, found = _run(student, entry, nodes, x), _run(merged, operand, layers, x)
-        assert tuple(expected.shape[2:]) == merge.geometry.outputs(size), merge.id
+        space = expected.shape[1:-1] if facts(exit_node).channels_last else expected.shape[2:]
+        assert tuple(space) == merge.geometry.outputs(size), merge.id
         error = relative_error(expected, found)
         assert error <= tolerance, f"{merge.id} is off by {error:.3g} on its own, at {tuple(x.shape)}"
 
@@ -190,6 +213,9 @@ def _run(graph: GraphModule, entry: Node, nodes: Sequence[Node], x: Tensor) -> T
     interpreter = fx.Interpreter(graph)
     interpreter.env[entry] = x
     for node in nodes:
+        for constant in node.all_input_nodes:
+            if constant not in interpreter.env:
+                interpreter.env[constant] = constant_value(graph, constant)
         interpreter.env[node] = interpreter.run_node(node)
     result = interpreter.env[nodes[-1]]
     assert isinstance(result, Tensor)

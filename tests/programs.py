@@ -827,6 +827,66 @@ class _LayerScale(nn.Module):
         return self.scale * x
 
 
+_LAST = ("linear", "linear", "linear", "gelu", "relu", "scale", "norm", "dropout", "residual", "concat", "crop", "sin", "flip")
+
+
+def _last_parameters(draw: st.DrawFn, x: Kind) -> Parameters:
+    """Steps, each with the channels behind it."""
+    steps = []
+    channels = x.channels
+    for name in draw(st.lists(st.sampled_from(_LAST), min_size=1, max_size=8)):
+        channels = _channels_behind(name, channels, draw(st.sampled_from(WIDTHS)))
+        steps.append((name, channels))
+    return {"steps": tuple(steps)}
+
+
+def _channels_behind(name: str, channels: int, drawn: int) -> int:
+    if name == "concat":
+        return channels + drawn
+    return drawn if name == "linear" else max(1, channels - 1) if name == "crop" else channels
+
+
+class _ChannelsLast(nn.Module):
+    """A stretch on channels last, between two permutations."""
+
+    def __init__(self, channels: int, spelling: str, steps: Sequence[tuple[str, int]]) -> None:
+        super().__init__()
+        self.spelling, self.steps, self.channels = spelling, steps, channels
+        self.layers, self.vectors = nn.ModuleDict(), nn.ParameterDict()
+        for number, (name, out) in enumerate(steps):
+            if name in ("linear", "residual", "concat"):
+                width = out - channels if name == "concat" else out
+                self.layers[str(number)] = nn.Linear(channels, width, bias=number % 3 != 1)
+            elif name == "norm":
+                self.layers[str(number)] = nn.LayerNorm(channels, 0.1)
+            elif name == "scale":
+                self.vectors[f"scale{number}"] = nn.Parameter(torch.ones(channels))
+            channels = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1) if self.spelling != "transpose" else x.transpose(1, 2).transpose(2, 3)
+        for number, (name, _) in enumerate(self.steps):
+            x = self._step(number, name, x)
+        return x.permute(0, 3, 1, 2).contiguous() if self.spelling == "contiguous" else torch.permute(x, (0, 3, 1, 2))
+
+    def _step(self, number: int, name: str, x: Tensor) -> Tensor:
+        if name in ("linear", "norm"):
+            return self.layers[str(number)](x)  # type: ignore[no-any-return]
+        if name in ("residual", "concat"):
+            y: Tensor = self.layers[str(number)](x)
+            return x + F.gelu(y) if name == "residual" else torch.cat((y, x), -1)
+        if name == "scale":
+            return self.vectors[f"scale{number}"] * x
+        if name == "crop":
+            return x[..., 1:] if self.steps[number][1] < (self.steps[number - 1][1] if number else self.channels) else x
+        functions = {"gelu": F.gelu, "relu": F.relu, "sin": torch.sin, "dropout": lambda t: F.dropout(t, 0.1, self.training)}
+        return functions[name](x) if name in functions else x.flip(3)
+
+
+def _behind_last(kinds: Sequence[Kind], p: Parameters) -> tuple[Kind, ...]:
+    return (replace(kinds[0], channels=p["steps"][-1][1]),)
+
+
 # --- pointwise ----------------------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS: Mapping[str, Mapping[str, Function]] = {
@@ -971,6 +1031,15 @@ _WITH_CONSTANTS = (
     Operation("frozen norm", lambda k, p: _FrozenNorm(k[0].channels, p["spelling"]), spellings=("shaped", "view", "indexed")),
     Operation("layer scale", lambda k, p: _LayerScale(k[0].channels, p["spelling"]), spellings=("first", "channels last")),
 )
+_ON_CHANNELS_LAST = (
+    Operation(
+        "channels last",
+        lambda k, p: _ChannelsLast(k[0].channels, p["spelling"], p["steps"]),
+        _last_parameters,
+        ("permute", "transpose", "contiguous"),
+        result=_behind_last,
+    ),
+)
 _POOLS = (
     Operation("average pool", _average_pool, _average_parameters, (*_USUAL, *_USUAL, "divisor"), result=_pooled),
     Operation("max pool", _max_pool, _pool_parameters, _USUAL, result=_pooled),
@@ -1028,6 +1097,7 @@ _MERGEABLE: _Groups = (
     (3, _CONCAT),
     (3, _NORMS),
     (2, _WITH_CONSTANTS),
+    (1, _ON_CHANNELS_LAST),
     (1, _POOLS[:1]),
     (3, _OF_CHANNELS),
     (1, _OF_SPACE),
@@ -1049,7 +1119,7 @@ _GROUPS: _Groups = (
 OPERATIONS: Mapping[str, Operation] = {operation.name: operation for _, group in _GROUPS for operation in group}
 
 #: Modules that may be called twice; in-place ones are not among them. And those whose weight another may share.
-_REPEATABLE = ("conv", "depthwise", "transposed", "norm", "prelu", "layer scale")
+_REPEATABLE = ("conv", "depthwise", "transposed", "norm", "prelu", "layer scale", "channels last")
 _TIEABLE = ("conv", "depthwise")
 
 

@@ -64,22 +64,39 @@ def turned(weight: Tensor, groups: int) -> Tensor:
 
 
 def convolution(
-    geometry: Geometry, *, bias: bool = True, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    geometry: Geometry,
+    *,
+    bias: bool = True,
+    linear: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """A torch convolution of this geometry, transposed where it makes the image larger, its weights as torch initialises them.
 
     It pads by itself only where :func:`separate_padding` is empty.
+
+    Args:
+        geometry: sizes.
+        bias: whether it has one.
+        linear: make a linear layer, which computes the same on channels last; of a pointwise geometry without groups only.
+        dtype, device: of its parameters.
     """
+    if linear:
+        return nn.Linear(geometry.in_channels, geometry.out_channels, bias, device=device, dtype=dtype)
     kind: Any = (_TRANSPOSED if geometry.enlarges else _CONVOLUTIONS)[len(geometry.axes)]
     settings = {**_settings(geometry), "bias": bias, "device": device, "dtype": dtype}
     module: nn.Module = kind(geometry.in_channels, geometry.out_channels, geometry.kernel, **settings)
     return module
 
 
-def convolution_with(affine: Affine, *, like: torch.Tensor, bias: bool = True) -> nn.Module:
-    """A torch convolution that computes this map, in the dtype, on the device and in the memory format of ``like``."""
-    module: Any = convolution(affine.geometry, bias=bias, dtype=like.dtype, device="meta")
+def convolution_with(affine: Affine, *, like: torch.Tensor, bias: bool = True, linear: bool = False) -> nn.Module:
+    """A torch convolution that computes this map, in the dtype, on the device and in the memory format of ``like``.
+
+    Or a linear layer, as in :func:`convolution`.
+    """
+    module: Any = convolution(affine.geometry, bias=bias, linear=linear, dtype=like.dtype, device="meta")
     weight = _weight(affine).to(device=like.device, dtype=like.dtype)
+    weight = weight.flatten(1) if linear else weight
     if like.dim() == weight.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         weight = weight.contiguous(memory_format=torch.channels_last)
     module.weight = nn.Parameter(weight.clone())

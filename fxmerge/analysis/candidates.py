@@ -126,7 +126,7 @@ def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool
 
 def _entry_size(findings: Findings, segment: Segment) -> tuple[int, ...]:
     entry = node_named(findings.graph, segment.entry)
-    return (facts(entry).shape or ())[2:] if entry is not None else ()
+    return facts(entry).image_shape[2:] if entry is not None else ()
 
 
 def _leaves_pixels(geometry: Geometry, size: Sequence[int]) -> bool:

@@ -30,6 +30,7 @@ class Reason(str, Enum):
     COMPUTED_WEIGHT = "weight computed from other tensors"
     UPSAMPLING = "the image becomes larger"
     HOOKED = "module with forward hooks"
+    LAYOUT = "channels are the last dimension here, or not of all operands"
 
 
 @dataclass(frozen=True, slots=True)

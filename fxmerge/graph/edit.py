@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
+from fxmerge.graph.layout import turn
 from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import is_impure
 
@@ -47,23 +49,56 @@ def free_target(graph: GraphModule, wanted: str) -> str:
     return name
 
 
+def add_module(graph: GraphModule, wanted: str, module: nn.Module) -> str:
+    """Store a new module, in the graph's mode, under a name like the one wanted; returns the name."""
+    target = free_target(graph, wanted)
+    put_module(graph, target, module.train(graph.training))
+    return target
+
+
 def become_module(graph: GraphModule, node: Node, target: str, module: nn.Module, operand: Node) -> None:
     """Turn a node into the call of a new module; its name, its readers and the rest of its facts stay."""
     put_module(graph, target, module.train(graph.training))
-    node.op, node.target, node.args, node.kwargs = "call_module", target, (operand,), {}
+    _retarget(node, "call_module", target, (operand,))
     record(node, target=target)
 
 
 def insert_pad(operand: Node, reader: Node, amounts: tuple[int, ...]) -> Node:
-    """Pad (or, negative, crop) a tensor with zeros, amounts in the order of ``F.pad``, just before a reader."""
+    """Pad (or, negative, crop) the space of a tensor with zeros, amounts in the order of ``F.pad``, just before a reader."""
+    if facts(operand).channels_last:
+        amounts = (0, 0, *amounts)
     with operand.graph.inserting_before(reader):
         padded = operand.graph.call_function(F.pad, (operand, amounts))
+    note_pad(padded, source=facts(reader).source)
+    return padded
+
+
+def note_pad(padded: Node, *, source: str = "") -> None:
+    """Record what is known of a tensor just padded."""
+    operand, amounts = padded.all_input_nodes[0], cast(tuple[int, ...], padded.args[1])
     known = facts(operand)
     shape = list(known.shape or ())
-    for axis in range(len(amounts) // 2):
+    for axis in range(min(len(shape), len(amounts) // 2)):
         shape[-1 - axis] += amounts[2 * axis] + amounts[2 * axis + 1]
-    record(padded, shape=tuple(shape), dtype=known.dtype, target="pad", source=facts(reader).source)
-    return padded
+    record(padded, shape=tuple(shape), dtype=known.dtype, channels_last=known.channels_last, target="pad", source=source)
+
+
+def become_turned(node: Node, operand: Node) -> None:
+    """Turn a node into the permutation that gives a tensor its other layout; its name, its readers, the rest of its facts stay."""
+    _retarget(node, "call_function", torch.permute, turn(operand))
+    record(node, target="permute")
+
+
+def take_place(node: Node, made: Node) -> None:
+    """Turn a node into another, which nobody reads and which goes; its name, its readers and the rest of its facts stay."""
+    _retarget(node, made.op, made.target, made.args)
+    record(node, target=facts(made).target)
+    node.graph.erase_node(made)
+
+
+def _retarget(node: Node, op: str, target: Any, args: tuple[Argument, ...]) -> None:
+    node.op, node.target, node.args, node.kwargs = op, target, args, {}
+    node.meta.pop("is_wrapped", None)  # torch.fx would wrap the new target when the graph's code runs
 
 
 def bypass(node: Node, operand: Argument) -> None:

@@ -6,6 +6,7 @@ to last is kept here. Facts are frozen and replaced whole, so that two graphs sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ class Facts:
     Args:
         shape: of its output for the example inputs; None where it is not a tensor.
         dtype: of its output.
+        channels_last: whether its channels are the last dimension; else they are taken to be dimension 1.
         bundle: whether its output is a tuple, list or other structure that holds tensors.
         target: the qualified module name, or the function, as the user's model has it.
         source: ``file:line`` of the user's code, where known.
@@ -36,12 +38,28 @@ class Facts:
 
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    channels_last: bool = False
     bundle: bool = False
     target: str = ""
     source: str = ""
     constant: bool = False
     role: Literal["", "removed", "merged", "replaced", "exit"] = ""
     merge: Candidate | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(N, C, *space) wherever the channels are; () where the shape is not known.
+
+        >>> Facts(shape=(2, 7, 5, 3), channels_last=True).image_shape
+        (2, 3, 7, 5)
+        """
+        shape = self.shape or ()
+        return (shape[0], shape[-1], *shape[1:-1]) if self.channels_last else shape
+
+    def shape_of(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape, in this layout, of an image of (N, C, *space)."""
+        batch, channels, *space = image_shape
+        return (batch, *space, channels) if self.channels_last else (batch, channels, *space)
 
 
 def facts(node: Node) -> Facts:

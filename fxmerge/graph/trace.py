@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, InputError, NotFiniteError, TraceError
 from fxmerge.graph.capture import by_export, input_sources, of_graph, of_program, symbolically
+from fxmerge.graph.layout import mark_layouts
 from fxmerge.graph.meta import facts, record, set_front_end
 from fxmerge.graph.normalise import normalise
 from fxmerge.graph.spelling import name_of, read_call
@@ -130,6 +131,7 @@ def _finished(graph: GraphModule, name: str, expected: Any, arguments: Sequence[
     propagate_shapes(graph, arguments, keywords)
     normalise(graph)
     found = propagate_shapes(graph, arguments, keywords)
+    mark_layouts(graph)
     _check_same(expected, found)
     set_front_end(graph, name)
     return graph

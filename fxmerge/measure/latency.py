@@ -7,17 +7,16 @@ table does not hold can be carried as a constant.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fxmerge.algebra.module import convolution, separate_padding
+from fxmerge.algebra.module import convolution
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.region import Unit
@@ -26,11 +25,13 @@ from fxmerge.core.table import LatencyTable, Measurement, Target
 from fxmerge.errors import InputError
 from fxmerge.graph.edit import shape_after
 from fxmerge.graph.extract import extract, signature
+from fxmerge.graph.layout import turn
+from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.store import Store, place_of
 from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, for_networks, versions
-from fxmerge.operators import Operators, default_operators
+from fxmerge.operators import Operators, default_operators, is_linear, write_map
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
@@ -156,25 +157,29 @@ def _candidate_module(
     graph: GraphModule, candidate: Candidate, sides: Sequence[str]
 ) -> tuple[GraphModule, tuple[tuple[int, ...], ...]]:
     """What stands in the network when the candidate is taken: the convolution, its side inputs, the activation it keeps."""
-    entry = node_named(graph, candidate.entry)
+    entry, exit_node = node_named(graph, candidate.entry), node_named(graph, candidate.exit)
     assert entry is not None
+    assert exit_node is not None
     part, shapes = Graph(), [shape_after(entry)]
-    last = part.placeholder("x")
+    last = _placeholder(part, "x", entry)
     modules: dict[str, nn.Module] = {}
+    before, after = facts(entry), facts(exit_node)
+    turned = before.channels_last != after.channels_last
     if candidate.kind != "identity":
-        amounts = separate_padding(candidate.geometry)
-        if amounts:
-            last = part.call_function(F.pad, (last, amounts))
-        modules["convolution"] = convolution(candidate.geometry, device="cpu")
-        last = part.call_module("convolution", (last,))
         added = [named for name in sides if (named := node_named(graph, name)) is not None]
+        linear = not added and is_linear(candidate.geometry, before, after)
+        modules["convolution"] = convolution(candidate.geometry, linear=linear, device="cpu")
+        terms = []
         for number, side in enumerate(added):
             shapes.append(shape_after(side))
             modules[f"side_{number}"] = _matrix(shapes[-1], candidate.geometry.out_channels)
-            term = part.call_module(f"side_{number}", (part.placeholder(f"s{number}"),))
-            last = part.call_function(operator.add, (last, term))
+            terms.append((_placeholder(part, f"s{number}", side), f"side_{number}"))
+        geometry, layout = candidate.geometry, after.channels_last
+        last = write_map(last, "convolution", geometry, linear=linear, channels_last=layout, sides=terms)[-1]
+    elif turned:
+        last = part.call_function(torch.permute, turn(last))
     for node in _kept_activations(graph, candidate):
-        if candidate.kind == "identity" and node.target is entry.target and node.target in IDEMPOTENT:
+        if candidate.kind == "identity" and not turned and node.target is entry.target and node.target in IDEMPOTENT:
             continue
         operand = last
         last = part.node_copy(node, lambda _, operand=operand: operand)  # type: ignore[misc]
@@ -184,6 +189,13 @@ def _candidate_module(
             modules[last.target] = module
     part.output(last)
     return GraphModule(modules, part), tuple(shapes)
+
+
+def _placeholder(part: Graph, name: str, node: Node) -> Node:
+    """An input like the tensor that a node computes."""
+    made = part.placeholder(name)
+    record(made, shape=facts(node).shape, dtype=facts(node).dtype, channels_last=facts(node).channels_last)
+    return made
 
 
 def _matrix(shape: tuple[int, ...], out_channels: int) -> nn.Module:

@@ -28,6 +28,7 @@ from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal, Segment
 from fxmerge.core.table import Importance
 from fxmerge.errors import CalibrationError, PlanMismatchError
+from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import node_named
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
@@ -249,13 +250,20 @@ class _Work:
                 original = self.original(batch, last=only.exit if only else None)
                 student = self.replay.values(batch, replaced=taken, last=only.entry) if taken and only else original
                 for key, members in shared.items():
-                    x = student[self.replay.named[key[0]]]
-                    targets = {c.exit: original[self.replay.named[c.exit]] for c in members}
+                    x = self._image(key[0], student)
+                    targets = {c.exit: self._image(c.exit, original) for c in members}
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
                     positions = self._positions(equations[key].geometry, x, next(iter(targets.values())), generator)
                     equations[key].add(x, targets, positions)
         return equations
+
+    def _image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
+        """The value of a node with channels first, whatever its layout."""
+        return _turned_if(self._is_last(name), values[self.replay.named[name]], to_first)
+
+    def _is_last(self, name: str) -> bool:
+        return facts(self.replay.named[name]).channels_last
 
     def _positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
         there = x.shape[0] * math.prod(y.shape[2:])
@@ -278,7 +286,17 @@ class _Work:
         return read_maps(graph, nodes, self.findings.verdicts, self.findings.operators)
 
     def replacement(self, segment: Segment, candidate: Candidate, affine: Affine) -> Replacement:
-        """What the candidate computes from its entry and its side inputs, in the network's own dtype."""
+        """What the candidate computes from its entry and its side inputs, in the network's own dtype and layouts."""
+        names, compute = self._on_images(segment, candidate, affine)
+        before, after = self._is_last(candidate.entry), self._is_last(candidate.exit)
+
+        def replaced(x: Tensor, *sides: Tensor) -> Tensor:
+            return _turned_if(after, compute(_turned_if(before, x, to_first), *sides), to_last)
+
+        return names, replaced if before or after else compute
+
+    def _on_images(self, segment: Segment, candidate: Candidate, affine: Affine) -> Replacement:
+        """The same, channels first."""
         if candidate.kind == "identity":
             return (candidate.entry,), lambda x: x
         convolve = partial(convolved, affine)
@@ -371,6 +389,10 @@ def _grouped(proposals: Sequence[Proposal], memory_bytes: int, at_least: int) ->
         groups[-1].append(proposal)
         held = both
     return groups
+
+
+def _turned_if(turned: bool, value: Tensor, dims: Callable[[int], tuple[int, ...]]) -> Tensor:
+    return value.permute(dims(value.dim())) if turned else value
 
 
 def _require_finite(name: str, value: Tensor) -> None:

@@ -20,10 +20,12 @@ from fxmerge.operators.arithmetic import Arithmetic
 from fxmerge.operators.base import Activation, Join, Map, Opaque, Operator, Operators, Site, Verdict, channelwise
 from fxmerge.operators.convolution import AveragePool, Convolution, Nearest, TransposedConvolution
 from fxmerge.operators.join import concat
+from fxmerge.operators.linear import Linear, turned
 from fxmerge.operators.pointwise import BatchNorm, activation, identity, norm_of_input
 from fxmerge.operators.reading import read_expression, read_maps
 from fxmerge.operators.rearranging import ChannelShuffle, PixelUnshuffle
 from fxmerge.operators.slicing import Slice, ZeroPad
+from fxmerge.operators.writing import is_linear, write_map
 
 __all__ = [
     "Activation",
@@ -36,8 +38,10 @@ __all__ = [
     "Verdict",
     "channelwise",
     "default_operators",
+    "is_linear",
     "read_expression",
     "read_maps",
+    "write_map",
 ]
 
 
@@ -47,22 +51,24 @@ def default_operators() -> Operators:
         **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Convolution()),
         **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TransposedConvolution()),
         **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BatchNorm()),
-        **dict.fromkeys(_INPUT_NORMS, channelwise(norm_of_input)),
+        nn.Linear: Linear(),
+        **dict.fromkeys(_INPUT_NORMS, channelwise(norm_of_input, any_layout=True)),
         **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad2d), ZeroPad()),
-        **dict.fromkeys((nn.PReLU, nn.RReLU), channelwise(activation)),
-        **dict.fromkeys(_IDENTITIES, channelwise(identity)),
+        **dict.fromkeys((nn.PReLU, nn.RReLU), channelwise(activation, any_layout=True)),
+        **dict.fromkeys(_IDENTITIES, channelwise(identity, any_layout=True)),
     }
     functions: dict[object, Any] = {
-        **dict.fromkeys((function for function, _ in ACTIVATIONS.values()), channelwise(activation)),
+        **dict.fromkeys((function for function, _ in ACTIVATIONS.values()), channelwise(activation, any_layout=True)),
         **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.truediv), Arithmetic()),
         **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), AveragePool()),
         F.interpolate: Nearest(),
-        torch.cat: channelwise(concat),
+        torch.cat: channelwise(concat, any_layout=True),
+        torch.permute: channelwise(turned, any_layout=True),
         operator.getitem: Slice(),
         F.pad: ZeroPad(),
         F.pixel_unshuffle: PixelUnshuffle(),
         F.channel_shuffle: ChannelShuffle(),
-        **dict.fromkeys(("contiguous", torch.ops.aten.contiguous.default), channelwise(identity)),
+        **dict.fromkeys(("contiguous", torch.ops.aten.contiguous.default), channelwise(identity, any_layout=True)),
     }
     return Operators(modules, functions)
 

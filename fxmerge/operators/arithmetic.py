@@ -23,8 +23,10 @@ from fxmerge.operators.base import Join, Map, Opaque, Site, Verdict
 class Arithmetic:
     """x + c, x - c, x * c, x / c for a constant c, one number or one for each channel; x + y and x - y for two images.
 
-    And x + s for a tensor s that is constant over space: (N, C, 1, 1), or (1, C, 1, 1).
+    And, channels first, x + s for a tensor s that is constant over space: (N, C, 1, 1), or (1, C, 1, 1).
     """
+
+    any_layout = True
 
     def verdict(self, site: Site) -> Verdict:
         args = site.node.args
@@ -76,7 +78,8 @@ class Arithmetic:
         tensor = torch.as_tensor(value, dtype=torch.float64).detach()
         if tensor.numel() == 1 and tensor.dim() <= site.dims + 2:
             return tensor.reshape(1).expand(site.channels)
-        for_channels = tuple(tensor.shape[-site.dims - 1 :]) == (site.channels, *(1,) * site.dims)
+        ones = 0 if site.channels_last else site.dims
+        for_channels = tuple(tensor.shape[-ones - 1 :]) == (site.channels, *(1,) * ones) and tensor.dim() <= site.dims + 2
         return tensor.reshape(-1) if for_channels and tensor.numel() == site.channels else None
 
 
@@ -84,6 +87,8 @@ def _is_side(site: Site) -> bool:
     """Whether the second operand is no parameter, and one value for each channel of the first, an image."""
     other = site.node.args[1]
     if site.node.target is not operator.add or not isinstance(other, Node) or not is_tensor(other):
+        return False
+    if site.channels_last:
         return False
     image, side = site.operand_shape, facts(other).shape or ()
     batch = side[0] in (1, image[0]) if side else False

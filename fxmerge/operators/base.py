@@ -18,8 +18,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxmerge.algebra.affine import Affine
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Reason
+from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import has_hooks, is_tensor, module_of, shared_modules
+from fxmerge.graph.query import data_operands, has_hooks, is_tensor, module_of, shared_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,20 @@ class Site:
 
     @property
     def operand_shape(self) -> tuple[int, ...]:
-        """Shape of the operand for the example inputs; () where it is not known."""
-        return (facts(self.operand).shape or ()) if self.operand is not None else ()
+        """(N, C, *space) of the operand for the example inputs, whatever its layout; () where it is not known."""
+        return facts(self.operand).image_shape if self.operand is not None else ()
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the operand's channels are its last dimension: only an operator with ``any_layout`` sees such a site."""
+        return self.operand is not None and facts(self.operand).channels_last
 
 
 class Operator(Protocol):
-    """How one kind of node is read, multiplied out, and run without padding."""
+    """How one kind of node is read, multiplied out, and run without padding.
+
+    An operator is asked about tensors with channels first alone, unless it has an attribute ``any_layout`` that is true.
+    """
 
     def verdict(self, site: Site) -> Verdict:
         """What the node is."""
@@ -164,6 +173,11 @@ class Operators:
         shape = facts(node).shape
         if shape is None or len(shape) < 3:
             return Opaque(Reason.SHAPE, f"shape {shape}")
+        last = [facts(value).channels_last for value in (node, *data_operands(node))]
+        if any(last) and not getattr(operator, "any_layout", False):
+            return Opaque(Reason.LAYOUT, f"{_describe(site)} on channels last", "permute to channels first before it")
+        if any(last) and not all(last) and not turns(node):
+            return Opaque(Reason.LAYOUT, f"{_describe(site)} of tensors of two layouts")
         return operator.verdict(site)
 
 
@@ -171,14 +185,20 @@ def _describe(site: Site) -> str:
     return type(site.module).__name__ if site.module is not None else facts(site.node).target or str(site.node.target)
 
 
-def channelwise(function: Callable[[Site], Verdict]) -> Operator:
-    """An operator that holds no numbers and needs no care for padding: an activation, a join, an identity."""
-    return _Plain(function)
+def channelwise(function: Callable[[Site], Verdict], *, any_layout: bool = False) -> Operator:
+    """An operator that holds no numbers and needs no care for padding: an activation, a join, an identity.
+
+    Args:
+        function: from a site to what the node is.
+        any_layout: whether it is right where the channels are the last dimension, too.
+    """
+    return _Plain(function, any_layout)
 
 
 @dataclass(frozen=True)
 class _Plain:
     function: Callable[[Site], Verdict]
+    any_layout: bool = False
 
     def verdict(self, site: Site) -> Verdict:
         return self.function(site)

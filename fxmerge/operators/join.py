@@ -10,10 +10,11 @@ from fxmerge.operators.base import Join, Opaque, Site, Verdict
 
 
 def concat(site: Site) -> Verdict:
-    """torch.cat on dimension 1."""
+    """torch.cat on channels."""
     parts, dimension = _arguments(site.node)
     rank = len(facts(site.node).shape or ())
-    if dimension not in (1, 1 - rank) or not all(isinstance(p, Node) and is_tensor(p) for p in parts):
+    channels = rank - 1 if facts(site.node).channels_last else 1
+    if dimension not in (channels, channels - rank) or not all(isinstance(p, Node) and is_tensor(p) for p in parts):
         return Opaque(detail=f"concatenation on dimension {dimension}")
     return Join("concat", tuple(parts))
 

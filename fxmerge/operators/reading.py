@@ -21,7 +21,7 @@ def read_expression(entry: Node, nodes: Sequence[Node], verdicts: Mapping[Node, 
         nodes: the stretch in graph order, the exit last; affine nodes and activations only.
         verdicts: of (at least) these nodes.
     """
-    shape = facts(entry).shape or ()
+    shape = facts(entry).image_shape
     steps = [Step(entry.name, "entry", (), Geometry.identity(shape[1], len(shape) - 2))]
     index = {entry: 0}
     for node in nodes:

@@ -16,7 +16,12 @@ from fxmerge.operators.base import Map, Opaque, Site, Verdict
 
 
 class Slice:
-    """x[:, :, ::2, ::2] and the like: constant starts and steps on space, and whole or constant ranges of channels."""
+    """x[:, :, ::2, ::2] and the like: constant starts and steps on space, and whole or constant ranges of channels.
+
+    In either layout.
+    """
+
+    any_layout = True
 
     def verdict(self, site: Site) -> Verdict:
         if len(site.operand_shape) < 3 or self._slices(site) is None:
@@ -35,14 +40,17 @@ class Slice:
         index = self._slices(site)
         assert index is not None
         steps = [slice(None, None, s.step) for s in index[2:]]
-        site.node.args = (site.node.args[0], (slice(None), index[1], *steps))
+        parts = (*steps, index[1]) if site.channels_last else (index[1], *steps)
+        site.node.args = (site.node.args[0], (slice(None), *parts))
 
     def _slices(self, site: Site) -> tuple[slice, ...] | None:
+        """Of (N, C, *space), whatever the layout; None where the node is no such slice."""
         index = site.node.args[1]
         parts = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(p, slice) and _constant(p) for p in parts) or len(parts) > len(site.operand_shape):
             return None
         whole = tuple(parts) + (slice(None),) * (len(site.operand_shape) - len(parts))
+        whole = (whole[0], whole[-1], *whole[1:-1]) if site.channels_last else whole
         sound = _is_whole(whole[0]) and all((s.start or 0) >= 0 and (s.stop is None or s.stop < 0) for s in whole[2:])
         return whole if sound else None
 
@@ -56,7 +64,12 @@ class Slice:
 
 
 class ZeroPad:
-    """F.pad with zeros, of space or of channels (option A shortcuts, TensorFlow's "same"), and nn.ZeroPad2d."""
+    """F.pad with zeros, of space or of channels (option A shortcuts, TensorFlow's "same"), and nn.ZeroPad2d.
+
+    In either layout.
+    """
+
+    any_layout = True
 
     def verdict(self, site: Site) -> Verdict:
         pads = self._pads(site)
@@ -73,7 +86,9 @@ class ZeroPad:
 
     def unpad(self, site: Site) -> None:
         pads = self._required(site)
-        flat = [amount for pair in reversed([pads[0], pads[1], *[(0, 0)] * site.dims]) for amount in pair]
+        space = [(0, 0)] * site.dims
+        parts = [pads[0], *space, pads[1]] if site.channels_last else [pads[0], pads[1], *space]
+        flat = [amount for pair in reversed(parts) for amount in pair]
         node = site.node
         node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (node.args[0], tuple(flat)), {}
 
@@ -83,13 +98,14 @@ class ZeroPad:
         return pads
 
     def _pads(self, site: Site) -> list[tuple[int, int]] | None:
-        """(before, after) for every dimension of the operand, or None where that is not constant zero padding."""
+        """(before, after) on (N, C, *space), whatever the layout, or None where that is not constant zero padding."""
         amounts = _pad_arguments(site)
         rank = len(site.operand_shape)
         if amounts is None or len(amounts) % 2 or len(amounts) > 2 * rank:
             return None
         pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
         pads = list(reversed(pairs + [(0, 0)] * (rank - len(pairs))))
+        pads = [pads[0], pads[-1], *pads[1:-1]] if site.channels_last else pads
         return pads if pads[0] == (0, 0) and min(*pads[1], 0) == 0 else None
 
     def _geometry(self, site: Site) -> Geometry:

@@ -137,7 +137,7 @@ def _misended(merge: Candidate, exit_node: Node) -> str:
 
 def _misshapen(merge: Candidate, entry: Node, exit_node: Node) -> str:
     """How the shapes of entry and exit are not those of the merge's geometry; empty where they are."""
-    before, after, geometry = facts(entry).shape or (), facts(exit_node).shape or (), merge.geometry
+    before, after, geometry = facts(entry).image_shape, facts(exit_node).image_shape, merge.geometry
     fits = (
         len(before) == len(after) == len(geometry.axes) + 2
         and (before[1], after[1]) == (geometry.in_channels, geometry.out_channels)

@@ -2,7 +2,8 @@ r"""Fold every batch norm, and every other scale and shift of channels, into the
 
     gamma * (W x + b - mean) / sqrt(var + eps) + beta  =  (s W) x + (s b + beta - s mean),   s = gamma / sqrt(var + eps)
 
-Computed in float64, cast once. A map is left where it does not follow a convolution that only it reads, has no running
+Computed in float64, cast once. Linear layers on channels last count as convolutions, and a permutation to or from channels last may
+stand before the scale. A map is left where it does not follow a convolution that only it reads, has no running
 statistics, or is in train mode. The folded convolution takes the map's node, so that cuts keep their names.
 """
 
@@ -16,15 +17,16 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.graph.edit import become_module, copied, tidy
-from fxmerge.graph.meta import facts
+from fxmerge.graph.edit import become_module, become_turned, copied, tidy
+from fxmerge.graph.layout import turns
+from fxmerge.graph.meta import Facts, facts, record
 from fxmerge.graph.query import has_sole_user, module_of
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Map, Operators, Site, Verdict, default_operators
 from fxmerge.passes.base import Pass
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_KINDS = frozenset((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED))
+_KINDS = frozenset((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED))
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ class FoldBatchNorm(Pass):
         found = False
         for node in list(folded.graph.nodes):
             convolution = _operand_of_scaling(folded, node, verdicts[node])
+            turned = convolution if convolution is not None and self._turns(convolution) else None
+            if turned is not None:
+                convolution = turned.args[0]  # type: ignore[assignment]
             if convolution is not None and self._takes(folded, convolution, verdicts[convolution]):
-                self._fold(folded, convolution, node)
-                verdicts[node] = self.operators.verdict(Site(folded, node))
+                self._fold(folded, convolution, node, turned)
+                for changed in (turned, node) if turned is not None else (node,):
+                    verdicts[changed] = self.operators.verdict(Site(folded, changed))
                 found = True
         return tidy(folded) if found else graph
 
@@ -62,12 +68,21 @@ class FoldBatchNorm(Pass):
             return False
         return isinstance(verdict, Map) and not (module.training and is_parametrized(module))
 
-    def _fold(self, graph: GraphModule, node: Node, scaling: Node) -> None:
+    def _turns(self, node: Node) -> bool:
+        """Whether a node does nothing but give a tensor its other layout, for one reader."""
+        return turns(node) and has_sole_user(node) and node.name not in self.keep
+
+    def _fold(self, graph: GraphModule, node: Node, scaling: Node, turned: Node | None) -> None:
+        """The scaled convolution takes the node of the scaling, or that of the permutation between them, which moves on there."""
         operator, module = self.operators.find(graph, scaling), module_of(graph, node)
         assert operator is not None
         assert module is not None
         affine = operator.affine(Site(graph, scaling))
-        become_module(graph, scaling, str(node.target), _scaled(module, affine), node.args[0])  # type: ignore[arg-type]
+        home = turned or scaling
+        become_module(graph, home, str(node.target), _scaled(module, affine), node.args[0])  # type: ignore[arg-type]
+        if turned is not None:
+            record(turned, shape=facts(node).shape, channels_last=facts(node).channels_last)
+            become_turned(scaling, turned)
         graph.graph.erase_node(node)
 
 
@@ -81,8 +96,13 @@ def _operand_of_scaling(graph: GraphModule, node: Node, verdict: Verdict) -> Nod
     if not alone or not isinstance(operand, Node) or (module is not None and module.training):
         return None
     before, after = facts(operand), facts(node)
-    same = before.dtype == after.dtype and len(before.shape or ()) == len(after.shape or ())
+    same = _kept(before) == _kept(after)
     return operand if same else None
+
+
+def _kept(known: Facts) -> tuple[object, ...]:
+    """What a scaling leaves as it is."""
+    return known.dtype, len(known.shape or ()), known.channels_last
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:

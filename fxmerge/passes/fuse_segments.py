@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.affine import evaluate, evaluate_sides, pointwise
-from fxmerge.algebra.module import convolution_with, separate_padding
+from fxmerge.algebra.module import convolution_with
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError
-from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, put_module, tidy
+from fxmerge.graph.edit import add_module, bypass, copied, erase, like_of, take_place, tidy
+from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import facts, origin, record
 from fxmerge.graph.query import module_of, node_named
-from fxmerge.operators import Operators, Verdict, default_operators, read_expression, read_maps
+from fxmerge.operators import Operators, Verdict, default_operators, is_linear, read_expression, read_maps, write_map
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass, Sequential
 from fxmerge.passes.drop_repeated import DropRepeated
@@ -50,43 +50,35 @@ class FuseSegments(Pass):
                 self._fuse(merged, exit_node, merge, verdicts)
         for exit_node, merge in found:
             record(exit_node, merge=None, role="")  # done; nothing is left to fuse
-            if merge.kind == "identity":
+            if merge.kind == "identity" and not turns(exit_node):
                 bypass(exit_node, exit_node.args[0])
         return tidy(merged)
 
     def _fuse(self, graph: GraphModule, exit_node: Node, merge: Candidate, verdicts: Mapping[Node, Verdict]) -> None:
         entry, nodes = stretch(graph, exit_node, merge)
-        if len(nodes) == 1 and isinstance(module_of(graph, exit_node), nn.modules.conv._ConvNd):
+        if len(nodes) == 1 and isinstance(module_of(graph, exit_node), (nn.modules.conv._ConvNd, nn.Linear)):
             return  # one convolution already
         expression = read_expression(entry, nodes, verdicts)
         maps = read_maps(graph, nodes, verdicts, self.operators)
         affine, sides = evaluate(expression, maps), evaluate_sides(expression, maps)
         like = like_of(graph, entry, nodes)
-        module = convolution_with(affine, like=like, bias=affine.geometry.bias)
-        become_module(graph, exit_node, free_target(graph, f"merged.{exit_node.name}"), module, entry)
-        amounts = separate_padding(affine.geometry)
-        if amounts:
-            exit_node.args = (insert_pad(entry, exit_node, amounts),)
-        for name, matrix in sides.items():
-            _add_side(graph, exit_node, name, matrix, like)
+        known = facts(exit_node)
+        linear = not sides and is_linear(affine.geometry, facts(entry), known)
+        layer = convolution_with(affine, like=like, bias=affine.geometry.bias, linear=linear)
+        target = add_module(graph, f"merged.{exit_node.name}", layer)
+        terms = [_put_side(graph, exit_node, name, matrix, like) for name, matrix in sides.items()]
+        with graph.graph.inserting_before(exit_node):
+            made = write_map(entry, target, affine.geometry, linear=linear, channels_last=known.channels_last, sides=terms)
+        take_place(exit_node, made[-1])
         erase(nodes[:-1])
 
 
-def _add_side(graph: GraphModule, exit_node: Node, name: str, matrix: Tensor, like: Tensor) -> None:
-    """The exit becomes the sum of what it was and a side input times its matrix, a 1x1 convolution on one pixel."""
+def _put_side(graph: GraphModule, exit_node: Node, name: str, matrix: Tensor, like: Tensor) -> tuple[Node, str]:
+    """A side input, and the module that multiplies it by its matrix: a 1x1 convolution on one pixel."""
     side = node_named(graph, name)
     assert side is not None
-    batch, _, *space = facts(side).shape or (1, 1)
-    target = free_target(graph, f"merged.{exit_node.name}_{name}")
-    put_module(graph, target, convolution_with(pointwise(matrix, len(space)), like=like, bias=False))
-    with graph.graph.inserting_before(exit_node):
-        image = graph.graph.node_copy(exit_node)
-        term = graph.graph.call_module(target, (side,))
-    for made in (image, term):
-        made.meta = dict(exit_node.meta)
-        record(made, merge=None, role="")
-    record(term, shape=(batch, len(matrix), *space), target=target)
-    exit_node.op, exit_node.target, exit_node.args, exit_node.kwargs = "call_function", operator.add, (image, term), {}
+    layer = convolution_with(pointwise(matrix, len(facts(side).image_shape) - 2), like=like, bias=False)
+    return side, add_module(graph, f"merged.{exit_node.name}_{name}", layer)
 
 
 def fuse(student: GraphModule, *, operators: Operators | None = None) -> GraphModule:

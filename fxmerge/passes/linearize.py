@@ -19,14 +19,39 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.algebra.module import convolution, convolution_with, separate_padding
+from fxmerge.algebra.module import convolution, convolution_with
 from fxmerge.core.expression import Expression, Halo, asked_of_operand, surplus_of
+from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError, PlanMismatchError
-from fxmerge.graph.edit import become_module, bypass, copied, erase, free_target, insert_pad, like_of, tidy
+from fxmerge.graph.edit import (
+    add_module,
+    become_module,
+    become_turned,
+    bypass,
+    copied,
+    erase,
+    free_target,
+    insert_pad,
+    like_of,
+    take_place,
+    tidy,
+)
+from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import facts, origin, record, set_origin
 from fxmerge.graph.query import fingerprint
-from fxmerge.operators import Activation, Join, Map, Operators, Site, Verdict, default_operators, read_expression
+from fxmerge.operators import (
+    Activation,
+    Join,
+    Map,
+    Operators,
+    Site,
+    Verdict,
+    default_operators,
+    is_linear,
+    read_expression,
+    write_map,
+)
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass
 
@@ -92,8 +117,9 @@ def linearize(
 
 def added_norms(student: GraphModule) -> dict[str, nn.Module]:
     """The batch norms that ``norms=True`` put behind fitted convolutions, by qualified name."""
-    exits = (str(node.target) for node, merge in merges(student) if merge.kind == "fitted" and node.op == "call_module")
-    modules = {target: student.get_submodule(target) for target in exits}
+    exits = (node.args[0] if turns(node) else node for node, merge in merges(student) if merge.kind == "fitted")
+    calls = (str(node.target) for node in exits if isinstance(node, Node) and node.op == "call_module")
+    modules = {target: student.get_submodule(target) for target in calls}
     return {target: module for target, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
 
 
@@ -119,8 +145,11 @@ class _Merge:
             raise PlanMismatchError(f"the merge {self.merge.id} leaves {', '.join(left)} inside its segment", node=left[0])
 
     def drop(self) -> None:
-        """An identity in place of all nodes."""
-        self._exit_becomes_identity(self.entry)
+        """An identity in place of all nodes, or what turns the entry's layout into the exit's."""
+        if facts(self.entry).channels_last != facts(self.exit).channels_last:
+            become_turned(self.exit, self.entry)
+        else:
+            self._exit_becomes_identity(self.entry)
         erase(self.nodes[:-1])
 
     def _exit_becomes_identity(self, operand: Node) -> None:
@@ -132,28 +161,19 @@ class _Merge:
         if weights is not None and weights.geometry != geometry:
             raise PassError(f"the weights for {self.merge.id} are of geometry {weights.geometry}, not {geometry}")
         like = like_of(self.graph, self.entry, self.nodes)
-        module = (
-            convolution(geometry, dtype=like.dtype, device=like.device) if weights is None else convolution_with(weights, like=like)
+        known = facts(self.exit)
+        linear = not norm and is_linear(geometry, facts(self.entry), known)  # a norm wants channels first
+        made = (
+            convolution(geometry, linear=linear, dtype=like.dtype, device=like.device)
+            if weights is None
+            else convolution_with(weights, linear=linear, like=like)
         )
-        target = free_target(self.graph, f"merged.{self.exit.name}")
-        become_module(self.graph, self.exit, target, module, self.entry)
-        amounts = separate_padding(geometry)
-        if amounts:
-            self.exit.args = (insert_pad(self.entry, self.exit, amounts),)
-        erase(self.nodes[:-1])
-        if norm:
-            self._norm_behind(target, like)
-
-    def _norm_behind(self, target: str, like: Tensor) -> None:
-        """The exit becomes the norm, a new node before it the convolution."""
-        kind = _NORMS[len(self.merge.geometry.axes)]
-        norm = kind(self.merge.geometry.out_channels, device=like.device, dtype=like.dtype)
-        norm.weight.data.fill_((1 + norm.eps) ** 0.5)  # cancels eps: an identity until it is calibrated or trained
+        target = add_module(self.graph, f"merged.{self.exit.name}", made)
+        behind = add_module(self.graph, f"{target}_norm", _identity_norm(geometry, like)) if norm else ""
         with self.graph.graph.inserting_before(self.exit):
-            convolution_node = self.graph.graph.call_module(target, self.exit.args)
-        convolution_node.meta = dict(self.exit.meta)
-        record(convolution_node, merge=None)
-        become_module(self.graph, self.exit, free_target(self.graph, f"{target}_norm"), norm, convolution_node)
+            nodes = write_map(self.entry, target, geometry, linear=linear, channels_last=known.channels_last, norm=behind)
+        take_place(self.exit, nodes[-1])
+        erase(self.nodes[:-1])
 
     def keep_layers(self) -> None:
         """Take out what is removed, then move all padding to the entry."""
@@ -197,13 +217,19 @@ class _Merge:
                 operator = self.operators.find(self.graph, node)
                 assert operator is not None
                 operator.unpad(Site(self.graph, node))
-            shape = facts(node).shape
-            assert shape is not None
-            grown = (size + before + after for size, (before, after) in zip(shape[2:], halo, strict=True))
-            record(node, shape=(*shape[:2], *grown))
+            batch, channels, *space = facts(node).image_shape
+            grown = (size + before + after for size, (before, after) in zip(space, halo, strict=True))
+            record(node, shape=facts(node).shape_of((batch, channels, *grown)))
             surplus = surplus_of(step, halo)
             if _any(surplus):
                 _become_crop(node, surplus)
+
+
+def _identity_norm(geometry: Geometry, like: Tensor) -> nn.Module:
+    """A batch norm that is an identity until it is calibrated or trained."""
+    norm: nn.Module = _NORMS[len(geometry.axes)](geometry.out_channels, device=like.device, dtype=like.dtype)
+    norm.weight.data.fill_((1 + norm.eps) ** 0.5)  # type: ignore[operator]  # cancels eps
+    return norm
 
 
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

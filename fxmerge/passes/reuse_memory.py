@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.graph.edit import copied
-from fxmerge.graph.meta import facts
+from fxmerge.graph.meta import Facts, facts
 from fxmerge.graph.query import has_sole_user
 from fxmerge.operators import Activation, Join, Map, Operators, Verdict, default_operators
 from fxmerge.passes.base import Pass
@@ -103,7 +103,11 @@ def _alike(first: object, second: object, sizes: Mapping[Node, _Size]) -> bool:
     if not isinstance(first, Node) or not isinstance(second, Node) or first is second:
         return False
     one, other = facts(first), facts(second)
-    return one.shape is not None and (one.shape, one.dtype) == (other.shape, other.dtype) and sizes[first] == sizes[second]
+    return one.shape is not None and _plain(one) == _plain(other) and sizes[first] == sizes[second]
+
+
+def _plain(known: Facts) -> tuple[object, ...]:
+    return known.shape, known.dtype, known.channels_last
 
 
 def _is_activation(node: Node) -> bool:

@@ -146,6 +146,13 @@ def _pads_same(s: Any, x: Any) -> Any:
     return s.b(F.relu(s.a(F.pad(x, (0, 1, 0, 1)))))
 
 
+def _channels_last(s: Any, x: Tensor) -> Tensor:
+    """ConvNeXt's block, one of its linear layers called as a function."""
+    y = s.norm(s.dw(x).permute(0, 2, 3, 1))
+    y = s.fc2(F.gelu(F.linear(y, s.fc1.weight, s.fc1.bias)))
+    return x + (y * s.scale.weight).permute(0, 3, 1, 2)
+
+
 PITFALLS: dict[str, tuple[Any, list[str]]] = {
     "frozen batch norm": (
         lambda: Net(lambda s, x: F.relu(s.n(s.a(x))), a=conv(3, 4), n=_frozen()), ["x -> relu"],
@@ -157,6 +164,17 @@ PITFALLS: dict[str, tuple[Any, list[str]]] = {
     "spectral norm": (
         lambda: Net(lambda s, x: s.b(F.relu(s.a(x))), a=spectral_norm(conv(3, 4)), b=conv(4, 4)),
         ["x -> relu", "x -> b", "relu -> b"],
+    ),
+    "channels last": (
+        lambda: Net(
+            _channels_last,
+            dw=conv(3, 3, 7, groups=3),
+            norm=nn.LayerNorm(3),
+            fc1=nn.Linear(3, 8),
+            fc2=nn.Linear(8, 3),
+            scale=nn.LayerNorm(3),
+        ),
+        ["x -> permute", "norm -> gelu", "norm -> permute_1", "gelu -> permute_1"],
     ),
     "a pad before": (lambda: Net(_pads_same, a=nn.Conv2d(3, 4, 3, 2), b=conv(4, 4)), None),
     "same": (lambda: Net(lambda s, x: s.b(F.relu(s.a(x))), a=nn.Conv2d(3, 4, 3, padding="same", dilation=2), b=conv(4, 4)), None),
