@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from fxmerge.core.files import read_json, write_json
 from fxmerge.core.geometry import whole
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import BudgetError, InputError, PlanError
@@ -79,10 +78,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        scratch.replace(target)
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -92,10 +88,9 @@ class Plan:
             PlanError: the file is damaged, or no plan.
             OSError: it cannot be read.
         """
+        data = read_json(path, "Make the plan again.")
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
-            raise PlanError(f"{path} is damaged: it is not JSON ({fault}). Make the plan again.") from fault
+            return cls.from_json(data)
         except PlanError as fault:
             raise PlanError(f"{path} cannot be used: {fault}. Make the plan again.") from fault
 
