@@ -85,6 +85,22 @@ class PlanError(FxMergeError, ValueError):
     """A plan (or another of our files) is damaged, or of a format that this version does not read."""
 
 
+class TableError(PlanError):
+    """A table of somebody else's format is damaged, or holds what cannot be used.
+
+    Attributes:
+        path: of the file.
+        line: in it, from 1; 0 where no line is at fault.
+        column: the name of the column, or empty.
+    """
+
+    def __init__(self, message: str, *, path: str, line: int, column: str) -> None:
+        super().__init__(message)
+        self.path = path
+        self.line = line
+        self.column = column
+
+
 class PlanMismatchError(PlanError):
     """A plan does not belong to this graph.
 
