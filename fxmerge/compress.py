@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from fxmerge.operators import Map, Operators
 from fxmerge.result import Result
 from fxmerge.search import Search, build_networks
 from fxmerge.solve.frontier import solve_tables
+from fxmerge.solve.objective import Objective
 from fxmerge.testing import assert_equivalent
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def compress(
     calibration: Any = None,
     exact: bool = False,
     space: Space | Literal["joint", "composed", "activations", "layers", "exact"] = "joint",
+    objective: Objective = "additive-loss",
     target: Target | None = None,
     timer: Timer | None = None,
     scorer: Reconstruction | None = None,
@@ -64,6 +66,7 @@ def compress(
         calibration: a few hundred unlabelled inputs: a tensor, or an iterable of inputs or (input, label) pairs.
         exact: keep the function; take only merges that pay. Needs neither budget nor calibration.
         space: which candidates are offered; see :class:`fxmerge.Space`.
+        objective: what plans are ranked by: the sum of losses, or ``layermerge``, the published sum of exp(change).
         target: where and how the network will run; None for this CPU, the inputs' dtype.
         timer: what measures latency, of single modules and of the whole; None for :class:`fxmerge.InterleavedTimer`.
         scorer: what measures importance and fits weights; None for :class:`fxmerge.Reconstruction`.
@@ -82,6 +85,8 @@ def compress(
         BudgetError: no plan meets the budget; carries the fastest latency there is.
     """
     arguments = as_arguments(example_inputs)
+    if objective not in get_args(Objective):
+        raise InputError(f"objective must be one of {', '.join(get_args(Objective))}, found {objective!r}")
     asked = None if exact else _asked_fraction(speedup, fraction, latency_ms)
     _check_search(tolerance, corrections)
     target = _target(target, arguments)
@@ -97,7 +102,7 @@ def compress(
         scorer = scorer or Reconstruction()
         importance = scorer.score(findings, proposals, batches, progress=bars("importance"))
         candidates = [candidate for proposal in proposals for candidate in proposal.candidates]
-        front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint)
+        front = solve_tables(findings.region, candidates, latency, importance, findings.fingerprint, objective=objective)
         original = baseline(graph, operators=findings.operators)
         search = Search(findings, front, original, arguments, target, tolerance, timer)
         weights: Mapping[str, Affine] = {}

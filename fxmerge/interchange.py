@@ -293,7 +293,9 @@ def write_published(
         key = _key(candidate, places)
         kept = tuple(numbers[name] for name in convolutions if name not in candidate.removed and candidate.kind != "identity")
         if key in entries:
-            raise InputError(f"candidate {candidate.id!r}: another row has the same st, end, ker, str, is_dw: {key}. Offer one of them.")
+            raise InputError(
+                f"candidate {candidate.id!r}: another row has the same st, end, ker, str, is_dw: {key}. Offer one of them."
+            )
         entries[key] = (latency, latency.candidates[candidate.id], kept, math.exp(-importance.loss(candidate.id)))
     times, scores = [], []
     for index, (key, (table, entry, kept, score)) in enumerate(sorted(entries.items())):
@@ -323,7 +325,9 @@ def _numbered(
     places = {chain.cuts[low]: before + first - 1}
     if places[chain.cuts[low]] < 0:
         entry = chain.cuts[low]
-        raise InputError(f"a candidate starts at {entry!r}, before convolution 0; no row can say that. Leave it out, or give first=1.")
+        raise InputError(
+            f"a candidate starts at {entry!r}, before convolution 0; no row can say that. Leave it out, or give first=1."
+        )
     for unit in chain.units[low:high]:
         inside = [name for name in unit.nodes if name in geometries]
         if unit.children or len(inside) != 1:
@@ -349,7 +353,9 @@ def _square(geometry: Geometry, name: str) -> tuple[int, int, bool]:
         raise InputError(f"{name} is {geometry}; their format has one number for both axes of an image. Leave it out.")
     axis = geometry.axes[0]
     if axis.dilation != 1 or axis.padding != (axis.taps // 2, axis.taps // 2):
-        raise InputError(f"{name} has dilation {axis.dilation}, padding {axis.padding}; theirs is 1 and half the kernel. Leave it out.")
+        raise InputError(
+            f"{name} has dilation {axis.dilation}, padding {axis.padding}; theirs is 1 and half the kernel. Leave it out."
+        )
     depthwise = geometry.groups == geometry.out_channels and geometry.groups == geometry.in_channels
     if geometry.groups != 1 and not depthwise:
         raise InputError(f"{name} has {geometry.groups} groups; their format has 1, or depthwise. Leave it out.")

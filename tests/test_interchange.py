@@ -188,9 +188,11 @@ def test_what_is_written_is_read_back_and_gives_the_same_front(first: int, tmp_p
     assert len(ours) > 2
     with paths[1].open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {(r["st"], r["end"], r["conv_comb"]) for r in rows if r["importance"] == "1.0" and int(r["end"]) == int(r["st"]) + 1} >= {
-        (str(first + k - 1), str(first + k), f"({first + k},)") for k in range(3)
-    }
+    assert {
+        (r["st"], r["end"], r["conv_comb"]) for r in rows if r["importance"] == "1.0" and int(r["end"]) == int(r["st"]) + 1
+    } >= {(str(first + k - 1), str(first + k), f"({first + k},)") for k in range(3)}
+    pairs = {row["conv_comb"] for row in rows if row["st"] == str(first - 1) and row["end"] == str(first + 1)}
+    assert pairs == {f"({first}, {first + 1})", f"({first},)", f"({first + 1},)", "()"}
     assert list(itertools.islice(rows[0], 8)) == ["id", "st", "end", "ker", "str", "is_dw", "conv_comb", "importance"]
 
 
@@ -205,11 +207,13 @@ def test_what_their_format_cannot_say_is_refused_and_nothing_is_written(tmp_path
     refused("starts at 'input.*', before convolution 0; no row can say that", *three(), first=0)
     wide = nn.Conv2d(4, 4, (1, 3), padding=(0, 1))
     refused("their format has one number for both axes", wide, nn.ReLU(), nn.Conv2d(4, 4, 1))
-    refused("has 2 groups; their format has 1, or depthwise", nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    refused(
+        "has 2 groups; their format has 1, or depthwise", nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1)
+    )
     refused("has dilation 2, padding", nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(4, 4, 1))
     refused("padding .0, 0.; theirs is 1 and half", nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
 
-    findings, proposals, latency, importance = chain_of(*three())
+    findings, *_ = chain_of(*three())
     fitted = fxmerge.propose(findings, fxmerge.Space(composed=False, prune=False, identity=False))
     latency = fxmerge.measure_latency(findings, fitted, (torch.randn(1, 4, 16, 16),), timer=PriceTimer())
     scores = ImportanceTable({c.id: Importance(0.1, 1, "") for p in fitted for c in p.candidates})

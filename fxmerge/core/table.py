@@ -131,11 +131,11 @@ class LatencyTable:
         """
         data = _checked(data, "a latency table", ("measurements", "candidates", "units", "network"))
         measurements = {key: Measurement.from_json(value) for key, value in _named(data["measurements"]).items()}
-        groups = [_named(data["candidates"]), _named(data["units"])]
-        for name, key in (entry for group in groups for entry in group.items()):
+        candidates, units = _named(data["candidates"]), _named(data["units"])
+        for name, key in (*candidates.items(), *units.items()):
             if not isinstance(key, str) or key not in measurements:
                 raise PlanError(f"not a latency table: {name!r} has no measurement, its key is {key!r}")
-        return cls(measurements, *groups, Measurement.from_json(data["network"]))
+        return cls(measurements, candidates, units, Measurement.from_json(data["network"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, whole or not at all."""
@@ -161,7 +161,9 @@ class LatencyTable:
         entries += [("unit", end, self.measurements[key]) for end, key in self.units.items()]
         entries += [("candidate", name, self.measurements[key]) for name, key in self.candidates.items()]
         target = ("device", "dtype", "channels_last", "backend", "threads")
-        rows = ((what, name, m.median_ns, m.spread_ns, m.repeats, *(getattr(m.target, t) for t in target)) for what, name, m in entries)
+        rows = (
+            (what, name, m.median_ns, m.spread_ns, m.repeats, *(getattr(m.target, t) for t in target)) for what, name, m in entries
+        )
         write_csv(path, ("what", "name", "median_ns", "spread_ns", "repeats", *target), rows)
 
 

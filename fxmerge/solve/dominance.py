@@ -21,7 +21,8 @@ def unbeaten_of_two(first: Ints, second: Ints) -> Ints:
     """Indices by rising ``first`` and falling ``second``; of equal ``first`` the earliest that stays."""
     order = np.argsort(first, kind="stable")  # timsort: fast on parts that are sorted already
     least = np.minimum.accumulate(second[order])
-    return order[np.append(True, least[1:] < least[:-1])]
+    unbeaten: Ints = order[np.append(True, least[1:] < least[:-1])]
+    return unbeaten
 
 
 def unbeaten_of_three(first: Ints, second: Ints, third: Ints, tie: Ints) -> Ints:
@@ -31,9 +32,11 @@ def unbeaten_of_three(first: Ints, second: Ints, third: Ints, tie: Ints) -> Ints
     beaten = np.zeros(len(order), dtype=np.bool_)
     place = np.argsort(second, kind="stable")  # equal ones stay in lexicographic order, the earlier first
     span = len(order) + 1
+    narrow = np.uint16 if len(order) <= 1 << 17 else np.int64  # which numpy sorts by radix
     for depth in range((len(order) - 1).bit_length()):
         # A block of this depth is two halves of 2**depth points.
-        grouped = place[np.argsort(place >> (depth + 1), kind="stable")]
+        blocks = (place >> (depth + 1)).astype(narrow)
+        grouped = place[np.argsort(blocks, kind="stable")]
         earlier = (grouped >> depth) & 1 == 0
         floor = -(grouped >> (depth + 1)) * (span + 1)
         least = np.minimum.accumulate(np.where(earlier, third[grouped], span) + floor)

@@ -38,9 +38,7 @@ BLOCK_OF_TWO = offer("x", "add", "identity")
 ALL = (WHOLE, EXACT, PRUNED, FITTED, LAYER, WITH_ACTIVATION, TWO_LAYERS, BLOCK_OF_ONE, BLOCK_OF_TWO)
 
 
-@pytest.mark.parametrize(
-    ("space", "offered"), [("joint", ALL), ("activations", (WHOLE, EXACT)), ("layers", (LAYER, BLOCK_OF_ONE))]
-)
+@pytest.mark.parametrize(("space", "offered"), [("joint", ALL), ("activations", (WHOLE, EXACT)), ("layers", (LAYER, BLOCK_OF_ONE))])
 def test_a_space_offers_what_its_definition_says(space: str, offered: Sequence[Candidate]) -> None:
     assert restrict(ROOT, ALL, space) == offered  # type: ignore[arg-type]
 
