@@ -145,12 +145,11 @@ class _Steps:
             self.size[name] = math.prod(known.shape or ()) * known.dtype.itemsize if whole and known.dtype else 0
 
     def _alive(self, place: int, outside: frozenset[str] = frozenset()) -> int:
-        """Bytes computed before a place, by none of these nodes, and read by others at it or after it."""
+        """Bytes computed before a place and read at it or after it, by others than these nodes."""
         return sum(
             size
             for name, size in self.size.items()
             if self.place[name] < place
-            and name not in outside
             and any(self.place[reader] >= place and reader not in outside for reader in self.readers[name])
         )
 

@@ -107,6 +107,15 @@ def test_the_peak_of_a_chain_is_by_hand_that_of_its_widest_step() -> None:
     assert {peak.candidates[c.id] for c in whole} == {256 * 6}
 
 
+def test_where_a_kernel_cannot_pad_by_itself_a_padded_copy_of_the_entry_is_alive_too() -> None:
+    model = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 16, 2), nn.ReLU(), nn.Conv2d(16, 2, 1)).eval()
+    findings = fxmerge.find_segments(fxmerge.trace(model, torch.randn(1, 4, 8, 8)))
+    proposals = fxmerge.propose(findings, fxmerge.Space(fitted=False))
+    peak = count_resource(findings, proposals, "peak_bytes")
+    (whole,) = {c.id for p in proposals for c in p.candidates if c.activations and c.entry == findings.segments[0].entry}
+    assert peak.candidates[whole] == 4 * (4 * 64 + 4 * 81 + 2 * 64)
+
+
 def test_another_resource_is_refused() -> None:
     findings = fxmerge.find_segments(fxmerge.trace(network(), torch.randn(1, 3, 16, 16)))
     with pytest.raises(fxmerge.InputError, match="resource is 'watts'; give one of parameters, multiply_adds, peak_bytes"):
