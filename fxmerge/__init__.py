@@ -21,7 +21,7 @@ The rooms, in the order in which they may import each other (those on one level 
     passes      graph -> graph, one per file; none changes its input
     measure     latency, importance, weights from data      tune        the student trained
     compress, search, result      the story, how its budget is met, its outcome
-    saved, testing                students on disk; the proof
+    saved, testing                students on disk; the proof      interchange     tables of others' format
     backend, cli, demo            the doors      data   images on disk, for the CLI
 """
 
@@ -30,10 +30,12 @@ from __future__ import annotations
 from fxmerge import tune
 from fxmerge._version import __version__
 from fxmerge.analysis.candidates import Space, propose
+from fxmerge.analysis.plot import plot_front
 from fxmerge.analysis.report import explain
 from fxmerge.analysis.segments import Findings, find_segments
 from fxmerge.compress import compress
 from fxmerge.core.plan import ParetoFront, Plan
+from fxmerge.core.resource import Resource
 from fxmerge.core.segment import Candidate, Proposal, Reason, Refusal, Segment
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable, Measurement, Target
 from fxmerge.errors import (
@@ -49,15 +51,18 @@ from fxmerge.errors import (
     PlanError,
     PlanMismatchError,
     StoreError,
+    TableError,
     TraceError,
     WorkerError,
 )
 from fxmerge.graph.trace import trace
+from fxmerge.interchange import read_published, write_published
 from fxmerge.measure.calibration import as_batches
 from fxmerge.measure.executors import Executor, Local, Processes, Ray
 from fxmerge.measure.finetuning import Custom, FineTuning
 from fxmerge.measure.latency import baseline, measure_latency, worthwhile
 from fxmerge.measure.reconstruction import Reconstruction, fit
+from fxmerge.measure.resources import count_resource
 from fxmerge.measure.scoring import Scorer, measure_importance
 from fxmerge.measure.store import Store
 from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, compare
@@ -112,6 +117,7 @@ __all__ = [
     "Reason",
     "Reconstruction",
     "Refusal",
+    "Resource",
     "Result",
     "ReuseMemory",
     "Scorer",
@@ -120,6 +126,7 @@ __all__ = [
     "Space",
     "Store",
     "StoreError",
+    "TableError",
     "Target",
     "Timed",
     "Timer",
@@ -131,6 +138,7 @@ __all__ = [
     "baseline",
     "compare",
     "compress",
+    "count_resource",
     "default_operators",
     "explain",
     "find_segments",
@@ -140,10 +148,13 @@ __all__ = [
     "load",
     "measure_importance",
     "measure_latency",
+    "plot_front",
     "propose",
+    "read_published",
     "save_student",
     "solve",
     "trace",
     "tune",
     "worthwhile",
+    "write_published",
 ]

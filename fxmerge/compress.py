@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from fxmerge.measure.timer import Timer
 from fxmerge.operators import Operators
 from fxmerge.result import Result
 from fxmerge.search import Search, build_networks
+from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey, own_random_numbers, survey
 from fxmerge.testing import assert_equivalent
 
@@ -40,6 +41,7 @@ def compress(
     calibration: Any = None,
     exact: bool = False,
     space: Space | Literal["joint", "composed", "activations", "layers", "exact"] = "joint",
+    objective: Objective = "additive-loss",
     target: Target | None = None,
     timer: Timer | None = None,
     scorer: Scorer | None = None,
@@ -61,6 +63,7 @@ def compress(
         calibration: a few hundred unlabelled inputs: a tensor, or an iterable of inputs or (input, label) pairs.
         exact: keep the function; take only merges that pay. Needs neither budget nor calibration.
         space: which candidates are offered; see :class:`fxmerge.Space`.
+        objective: what plans are ranked by: the sum of losses, or ``layermerge``, the published sum of exp(change).
         target: where and how the network will run; None for this CPU, the inputs' dtype.
         timer: what measures latency, of single modules and of the whole; None for :class:`fxmerge.InterleavedTimer`.
         scorer: what measures importance; None for :class:`fxmerge.Reconstruction`, which fits the weights in any case.
@@ -81,6 +84,8 @@ def compress(
         NothingToMergeError: the network holds no convolution.
         BudgetError: no plan meets the budget; carries the fastest latency there is.
     """
+    if objective not in get_args(Objective):
+        raise InputError(f"objective must be one of {', '.join(get_args(Objective))}, found {objective!r}")
     asked = None if exact else asked_fraction(speedup, fraction, latency_ms)
     _check_search(tolerance, corrections)
     # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
@@ -100,7 +105,7 @@ def compress(
             bars=bars,
         )
         with own_random_numbers(found.target):
-            search = Search(found, tolerance, timer)
+            search = Search(found, tolerance, timer, objective)
             weights: Mapping[str, Affine] = {}
             if exact:
                 plan, measured = search.best_exact()

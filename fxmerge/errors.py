@@ -75,12 +75,27 @@ class BudgetError(FxMergeError, ValueError):
     Attributes:
         asked_ns: the latency asked for, in nanoseconds.
         fastest_ns: the latency of the fastest plan there is, in nanoseconds.
+        resource: the name of the second resource that no plan keeps to, or empty.
+        asked_amount: what was asked for of it.
+        least_amount: the least that a plan (within the latency asked for, if there is one) takes of it.
     """
 
-    def __init__(self, message: str, *, asked_ns: int, fastest_ns: int) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        asked_ns: int,
+        fastest_ns: int,
+        resource: str = "",
+        asked_amount: int | None = None,
+        least_amount: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.asked_ns = asked_ns
         self.fastest_ns = fastest_ns
+        self.resource = resource
+        self.asked_amount = asked_amount
+        self.least_amount = least_amount
 
 
 class PlanError(FxMergeError, ValueError):
@@ -89,6 +104,22 @@ class PlanError(FxMergeError, ValueError):
 
 class StoreError(FxMergeError, OSError):
     """A store cannot be opened, read or written: no such folder, read-only, a full disk, a damaged or foreign file."""
+
+
+class TableError(PlanError):
+    """A table of somebody else's format is damaged, or holds what cannot be used.
+
+    Attributes:
+        path: of the file.
+        line: in it, from 1; 0 where no line is at fault.
+        column: the name of the column, or empty.
+    """
+
+    def __init__(self, message: str, *, path: str, line: int, column: str) -> None:
+        super().__init__(message)
+        self.path = path
+        self.line = line
+        self.column = column
 
 
 class PlanMismatchError(PlanError):

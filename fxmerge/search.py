@@ -24,6 +24,7 @@ from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
 from fxmerge.solve.frontier import solve_tables
+from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey
 
 log = logging.getLogger(__name__)
@@ -43,16 +44,19 @@ class Search:
         found: the network and its tables.
         tolerance: how far over the budget the measured latency may be, as a fraction of it.
         timer: what measures whole networks; None for :func:`fxmerge.compare`.
+        objective: what plans are ranked by.
     """
 
     found: Survey
     tolerance: float
     timer: Timer | None = None
+    objective: Objective = "additive-loss"
 
     @cached_property
     def front(self) -> ParetoFront:
-        found = self.found
-        return solve_tables(found.findings.region, found.candidates, found.latency, found.importance, found.findings.fingerprint)
+        study = self.found.study
+        tables = (study.region, study.candidates, study.latency, study.importance, study.fingerprint)
+        return solve_tables(*tables, objective=self.objective)
 
     @cached_property
     def original(self) -> GraphModule:

@@ -50,6 +50,12 @@ def test_a_fitted_plan_stays_closer_to_the_original_than_a_composed_one() -> Non
     assert errors["joint"] < errors["activations"]
 
 
+def test_the_published_objective_is_an_option_and_the_plan_says_so() -> None:
+    result = compressed(objective="layermerge")
+    assert result.plan.objective == "layermerge"
+    assert "layermerge: layers less the sum of exp(change)" in fxmerge.explain(result.plan)
+
+
 @pytest.mark.parametrize(("name", "value"), [("speedup", 1.25), ("fraction", 0.8), ("latency_ms", None)])
 def test_a_budget_is_a_speedup_a_fraction_or_milliseconds(name: str, value: float | None) -> None:
     graph = fxmerge.trace(network(), images(4))
@@ -293,6 +299,7 @@ def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, object], text
             {"space": "bogus"},
             "space must be an fxmerge.Space or one of joint, composed, activations, layers or exact, found 'bogus'",
         ),
+        ({"objective": "accuracy"}, "objective must be one of additive-loss, layermerge, found 'accuracy'"),
         ({"space": None}, "space must be an fxmerge.Space or one of .*, found None"),
         ({"space": ["joint"]}, r"space must be .*, found \['joint'\]"),
         ({"target": "cpu"}, r"target must be an fxmerge.Target, such as Target\(device='cpu'\), found 'cpu'"),

@@ -23,7 +23,7 @@ LEVELS = {
     "operators": 3,
     "analysis": 4, "passes": 4,
     "measure": 5, "tune": 5,
-    "saved": 6, "search": 6,
+    "saved": 6, "search": 6, "interchange": 6,
     "result": 7,
     "compress": 8,
     "": 9, "backend": 9, "demo": 9,

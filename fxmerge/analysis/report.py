@@ -131,7 +131,8 @@ def _plan(plan: Plan, latency: LatencyTable | None, importance: ImportanceTable 
         for merge in plan.merges
     ]
     predicted = "" if plan.latency_ns is None else f", {_ms(plan.latency_ns)} ms predicted"
-    title = f"Plan: {len(plan.merges)} merges{predicted}, loss {plan.loss:.4g}"
+    kind = "" if plan.objective == "additive-loss" else f" ({plan.objective}: layers less the sum of exp(change))"
+    title = f"Plan: {len(plan.merges)} merges{predicted}, loss {plan.loss:.4g}{kind}"
     return _table(title, rows, ("segment", "kind", "one convolution", "activations out", "layers pruned", "ms", "loss"))
 
 
@@ -158,10 +159,17 @@ def _timing(measurement: Measurement) -> tuple[str, str, int]:
 def _front(front: ParetoFront, most: int = 24) -> str:
     step = max(1, len(front) // most)
     rows = [
-        (f"{front.original_ns / front.latencies_ns[i]:.3f}x", _ms(front.latencies_ns[i]), f"{front.losses[i]:.4g}")
+        (
+            f"{front.original_ns / front.latencies_ns[i]:.3f}x",
+            _ms(front.latencies_ns[i]),
+            *([front.amounts[i]] if front.amounts else []),
+            f"{front.losses[i]:.4g}",
+        )
         for i in range(0, len(front), step)
     ]
-    return _table(f"Front: {len(front)} plans, every {step}. shown", rows, ("speed-up", "ms", "loss"))
+    loss = "loss" if front.objective == "additive-loss" else f"loss ({front.objective})"
+    heads = ("speed-up", "ms", *([front.second or "amount"] if front.amounts else []), loss)
+    return _table(f"Front: {len(front)} plans, every {step}. shown", rows, heads)
 
 
 def _ms(ns: int) -> str:

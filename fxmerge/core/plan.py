@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from fxmerge.core.files import read_json, write_json
 from fxmerge.core.geometry import whole
 from fxmerge.core.segment import Candidate
-from fxmerge.errors import BudgetError, PlanError
+from fxmerge.errors import BudgetError, InputError, PlanError
 
 FORMAT = 1
 
@@ -24,13 +24,16 @@ class Plan:
         fingerprint: of the graph it was made for; linearizing and training leave it valid.
         merges: the candidates taken.
         latency_ns: predicted end-to-end latency, nanoseconds; None where nothing was measured.
-        loss: predicted loss, the sum over the merges.
+        loss: predicted loss, of the kind that ``objective`` says.
+        objective: ``additive-loss``, the loss is the sum over the merges; or ``layermerge``, it is the number of layers less the
+            sum of exp(change) over all parts of the plan, layers left alone included.
     """
 
     fingerprint: str
     merges: tuple[Candidate, ...] = ()
     latency_ns: int | None = None
     loss: float = 0.0
+    objective: str = "additive-loss"
 
     @property
     def exact(self) -> bool:
@@ -44,6 +47,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "latency_ns": self.latency_ns,
             "loss": self.loss,
+            "objective": self.objective,
             "merges": [merge.to_json() for merge in self.merges],
         }
 
@@ -62,8 +66,11 @@ class Plan:
             latency = None if data["latency_ns"] is None else whole(data["latency_ns"])
             if not isinstance(data["fingerprint"], str):
                 raise ValueError("the fingerprint is no string")
+            objective = data.get("objective", "additive-loss")  # plans of before there was another have none
+            if not isinstance(objective, str):
+                raise ValueError("the objective is no string")
             merges = tuple(Candidate.from_json(merge) for merge in data["merges"])
-            return cls(data["fingerprint"], merges, latency, float(data["loss"]))
+            return cls(data["fingerprint"], merges, latency, float(data["loss"]), objective)
         except (KeyError, TypeError, ValueError) as fault:
             if isinstance(fault, PlanError):
                 raise
@@ -71,10 +78,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        scratch.replace(target)
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -84,10 +88,9 @@ class Plan:
             PlanError: the file is damaged, or no plan.
             OSError: it cannot be read.
         """
+        data = read_json(path, "Make the plan again.")
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
-            raise PlanError(f"{path} is damaged: it is not JSON ({fault}). Make the plan again.") from fault
+            return cls.from_json(data)
         except PlanError as fault:
             raise PlanError(f"{path} cannot be used: {fault}. Make the plan again.") from fault
 
@@ -96,14 +99,21 @@ class Plan:
 class ParetoFront:
     """Every (latency, loss) that no other plan beats, by rising latency and falling loss, and the plan behind each.
 
+    With a second resource, every (latency, amount, loss), in lexicographic order; :meth:`within` a limit of it, or of none,
+    gives a front of two coordinates again.
+
     Args:
         fingerprint: of the graph the plans are for.
-        latencies_ns: end-to-end latencies, nanoseconds, strictly rising.
-        losses: strictly falling.
+        latencies_ns: end-to-end latencies, nanoseconds, strictly rising (never falling, with a second resource).
+        losses: strictly falling (of any order, with a second resource).
         candidates: all candidates that were offered.
         original_ns: latency of the folded original; the reference of speed-ups.
         choose: index of a point -> indices into ``candidates``, by back pointers.
         slack: how much lower the loss of a left-out point may be; 0 for an exact front.
+        objective: what the losses are; see :class:`Plan`.
+        second: the name of a second resource, or empty.
+        amounts: what each plan takes of it.
+        surplus: how much more of it than a left-out plan the one that stands in for it may take; 0 for an exact front.
     """
 
     fingerprint: str
@@ -113,6 +123,10 @@ class ParetoFront:
     original_ns: int
     choose: Callable[[int], Sequence[int]] = field(repr=False)
     slack: float = 0.0
+    objective: str = "additive-loss"
+    second: str = ""
+    amounts: Sequence[int] = ()
+    surplus: int = 0
 
     def __len__(self) -> int:
         return len(self.latencies_ns)
@@ -124,18 +138,86 @@ class ParetoFront:
     def plan(self, index: int) -> Plan:
         """The plan at one point of the front."""
         merges = tuple(self.candidates[i] for i in self.choose(index))
-        return Plan(self.fingerprint, merges, self.latencies_ns[index], self.losses[index])
+        return Plan(self.fingerprint, merges, self.latencies_ns[index], self.losses[index], self.objective)
 
-    def pick(self, budget_ns: int) -> Plan:
-        """The plan of least loss that is not over the budget.
+    def within(
+        self, *, parameters: int | None = None, multiply_adds: int | None = None, peak_bytes: int | None = None
+    ) -> ParetoFront:
+        """The front of (latency, loss) of the plans that take no more than this of the second resource.
+
+        Raises:
+            BudgetError: no plan does; it names the least there is.
+            InputError: the front was solved without that resource.
+        """
+        limits = {"parameters": parameters, "multiply_adds": multiply_adds, "peak_bytes": peak_bytes}
+        asked = {name: limit for name, limit in limits.items() if limit is not None}
+        for name in asked:
+            if name != self.second:
+                known = f"{self.second} beside latency" if self.second else "latency alone"
+                raise InputError(f"this front was solved for {known}; solve with second= to pick by {name}")
+        if not self.second:
+            return self
+        limit = asked.get(self.second)
+        fitting = [i for i, amount in enumerate(self.amounts) if limit is None or amount <= limit]
+        if not fitting:
+            least = min(self.amounts)
+            raise BudgetError(
+                f"no plan takes {limit} {self.second} or less; the least there is takes {least}. Ask for that or more, or offer "
+                "more candidates.",
+                asked_ns=self.latencies_ns[-1],
+                fastest_ns=self.latencies_ns[list(self.amounts).index(least)],
+                resource=self.second,
+                asked_amount=limit,
+                least_amount=least,
+            )
+        kept: list[int] = []
+        for i in sorted(fitting, key=lambda i: (self.latencies_ns[i], self.losses[i])):
+            if not kept or self.losses[i] < self.losses[kept[-1]]:
+                kept.append(i)
+        return replace(
+            self,
+            latencies_ns=tuple(self.latencies_ns[i] for i in kept),
+            losses=tuple(self.losses[i] for i in kept),
+            choose=partial(_choose_of, self.choose, tuple(kept)),
+            second="",
+            amounts=tuple(self.amounts[i] for i in kept),
+        )
+
+    def pick(
+        self,
+        budget_ns: int,
+        *,
+        parameters: int | None = None,
+        multiply_adds: int | None = None,
+        peak_bytes: int | None = None,
+    ) -> Plan:
+        """The plan of least loss that is not over the budget, nor over that of the second resource.
+
+        Raises:
+            BudgetError: even the fastest plan is over, or the leanest; it names that.
+            InputError: the front was solved without that resource.
+        """
+        front = self.within(parameters=parameters, multiply_adds=multiply_adds, peak_bytes=peak_bytes)
+        if front is not self and front.fastest_ns > budget_ns >= self.fastest_ns:
+            least = min(n for n, ns in zip(self.amounts, self.latencies_ns, strict=True) if ns <= budget_ns)
+            limit = next(n for n in (parameters, multiply_adds, peak_bytes) if n is not None)
+            raise BudgetError(
+                f"no plan runs in {budget_ns / 1e6:.3f} ms with {limit} {self.second} or less; in that time the least is {least}, "
+                f"with so much the fastest takes {front.fastest_ns / 1e6:.3f} ms. Ask for more of one of the two.",
+                asked_ns=budget_ns,
+                fastest_ns=front.fastest_ns,
+                resource=self.second,
+                asked_amount=limit,
+                least_amount=least,
+            )
+        return front.plan(front.index(budget_ns))
+
+    def index(self, budget_ns: int) -> int:
+        """The point that :meth:`pick` takes, of a front without a second resource.
 
         Raises:
             BudgetError: even the fastest plan is over; it names the fastest.
         """
-        return self.plan(self.index(budget_ns))
-
-    def index(self, budget_ns: int) -> int:
-        """The point that :meth:`pick` takes."""
         fitting = [i for i, latency in enumerate(self.latencies_ns) if latency <= budget_ns]
         if not fitting:
             asked, fastest = (self.original_ns / max(1, ns) for ns in (budget_ns, self.fastest_ns))
@@ -145,4 +227,8 @@ class ParetoFront:
                 asked_ns=budget_ns,
                 fastest_ns=self.fastest_ns,
             )
-        return fitting[-1]
+        return min(reversed(fitting), key=self.losses.__getitem__) if self.second else fitting[-1]
+
+
+def _choose_of(choose: Callable[[int], Sequence[int]], kept: Sequence[int], index: int) -> Sequence[int]:
+    return choose(kept[index])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fxmerge.core.files import read_json, write_csv, write_json
 from fxmerge.core.geometry import whole
 from fxmerge.errors import PlanError
+
+FORMAT = 1
+_AGAIN = "Measure again, or take the table from where it was made."
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,60 @@ class LatencyTable:
         """What of the network's latency is in no entry; may be negative where layers run faster together than alone."""
         return self.network.median_ns - sum(self.unit_ns(end) for end in self.units)
 
+    def to_json(self) -> dict[str, Any]:
+        """A value that ``json`` can write and :meth:`from_json` reads back."""
+        return {
+            "format": FORMAT,
+            "measurements": {key: measured.to_json() for key, measured in self.measurements.items()},
+            "candidates": dict(self.candidates),
+            "units": dict(self.units),
+            "network": self.network.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> LatencyTable:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: it is not such a value, of another format, or an entry has no measurement.
+        """
+        data = _checked(data, "a latency table", ("measurements", "candidates", "units", "network"))
+        measurements = {key: Measurement.from_json(value) for key, value in _named(data["measurements"]).items()}
+        candidates, units = _named(data["candidates"]), _named(data["units"])
+        for name, key in (*candidates.items(), *units.items()):
+            if not isinstance(key, str) or key not in measurements:
+                raise PlanError(f"not a latency table: {name!r} has no measurement, its key is {key!r}")
+        return cls(measurements, candidates, units, Measurement.from_json(data["network"]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read a table written by :meth:`save`.
+
+        Raises:
+            PlanError: the file is damaged, or no latency table.
+            OSError: it cannot be read.
+        """
+        data = read_json(path, _AGAIN)
+        try:
+            return cls.from_json(data)
+        except PlanError as fault:
+            raise PlanError(f"{path} cannot be used: {fault}. {_AGAIN}") from fault
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write a line for the whole, for every unit and for every candidate: for other programs; JSON is what is read back."""
+        entries = [("network", "", self.network)]
+        entries += [("unit", end, self.measurements[key]) for end, key in self.units.items()]
+        entries += [("candidate", name, self.measurements[key]) for name, key in self.candidates.items()]
+        target = ("device", "dtype", "channels_last", "backend", "threads")
+        rows = (
+            (what, name, m.median_ns, m.spread_ns, m.repeats, *(getattr(m.target, t) for t in target)) for what, name, m in entries
+        )
+        write_csv(path, ("what", "name", "median_ns", "spread_ns", "repeats", *target), rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Importance:
@@ -131,3 +191,69 @@ class ImportanceTable:
     def loss(self, candidate_id: str) -> float:
         """The loss of a candidate; KeyError if it was not measured."""
         return self.candidates[candidate_id].loss
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that ``json`` can write and :meth:`from_json` reads back."""
+        return {"format": FORMAT, "candidates": {name: asdict(found) for name, found in self.candidates.items()}}
+
+    @classmethod
+    def from_json(cls, data: object) -> ImportanceTable:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: it is not such a value, or of another format.
+        """
+        data = _checked(data, "an importance table", ("candidates",))
+        return cls({name: _importance(name, found) for name, found in _named(data["candidates"]).items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ImportanceTable:
+        """Read a table written by :meth:`save`.
+
+        Raises:
+            PlanError: the file is damaged, or no importance table.
+            OSError: it cannot be read.
+        """
+        data = read_json(path, _AGAIN)
+        try:
+            return cls.from_json(data)
+        except PlanError as fault:
+            raise PlanError(f"{path} cannot be used: {fault}. {_AGAIN}") from fault
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write a line for every candidate: for other programs; JSON is what is read back."""
+        rows = ((name, repr(float(found.loss)), found.samples, found.scorer) for name, found in self.candidates.items())
+        write_csv(path, ("candidate", "loss", "samples", "scorer"), rows)
+
+
+def _checked(data: object, what: str, parts: tuple[str, ...]) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise PlanError(f"not {what}: expected an object, found {type(data).__name__}")
+    if data.get("format") != FORMAT:
+        raise PlanError(f"not {what} of format {FORMAT}: its format is {data.get('format')!r}")
+    missing = [part for part in parts if part not in data]
+    if missing:
+        raise PlanError(f"not {what}: {missing[0]!r} is missing")
+    return data
+
+
+def _named(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PlanError(f"not a table: expected an object of entries by name, found {type(value).__name__}")
+    return dict(value)
+
+
+def _importance(name: str, data: object) -> Importance:
+    try:
+        loss, samples, scorer = (data[part] for part in ("loss", "samples", "scorer"))  # type: ignore[index]
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss!r}")
+        if not isinstance(scorer, str):
+            raise ValueError("the scorer is no string")
+        return Importance(float(loss), whole(samples), scorer)
+    except (KeyError, IndexError, TypeError, ValueError) as fault:
+        raise PlanError(f"not an importance table: {fault!r} in the entry {name!r}") from fault

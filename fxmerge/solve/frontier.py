@@ -8,8 +8,11 @@ arXiv 2406.12837), but on whole fronts of (latency, loss), where LayerMerge fill
     leave(unit) = the unit's own latency + the sum of the last fronts of its child chains
 
 ``+`` is the Minkowski sum. A candidate from cut i to cut j replaces all between them, children included. The network
-is the root unit, left alone. Only the loss of a candidate is rounded, once, up to a whole number of 1e-9, so that all
-sums are of integers.
+is the root unit, left alone. What adds up as loss, and that only the loss of a part is rounded, once, to a whole number of
+1e-9, is said in :mod:`fxmerge.solve.objective`; all sums are of integers.
+
+With a second resource the fronts have three coordinates, (latency, loss, amount), of which a sum adds the first two and adds
+the amounts or takes the larger one. All that follows holds coordinate by coordinate.
 
 Slack. Say that F covers P within s if each p in P has an f in F with latency(f) <= latency(p) and
 loss(f) <= loss(p) + s. Let F cover P within s, and G cover Q within t. Then F | G covers P | Q within max(s, t);
@@ -18,6 +21,11 @@ thinned F, which has for each f in F a point no slower and at most g worse, cove
 steps, so the slack they add up to holds for the result: at no budget is the exact front better by more. Thinning only
 leaves points out, so those that stay are real plans. It keeps the fastest and the one of least loss, and so do sums,
 unions and prune: the two ends of a front are always exact.
+
+In three dimensions thinning is coarser in the amount as well: a stand-in is no slower, at most g worse, and takes at most h
+more. Slacks in the amount add up in sums where amounts do; where the larger amount counts, so does the larger slack. So for
+every plan of latency T, amount A and loss L there is a point with at most T, A + surplus and L + slack. The fastest point, the
+one of least loss and the one of least amount always stay.
 """
 
 from __future__ import annotations
@@ -28,24 +36,27 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fxmerge.core.plan import ParetoFront
 from fxmerge.core.region import Chain, Unit
+from fxmerge.core.resource import Resource
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import ImportanceTable, LatencyTable
 from fxmerge.errors import InputError
+from fxmerge.solve.dominance import Ints as _Ints
+from fxmerge.solve.dominance import unbeaten_of_three, unbeaten_of_two
+from fxmerge.solve.layers import Places, breadth_first
+from fxmerge.solve.objective import LIMIT as _LIMIT
+from fxmerge.solve.objective import NANO as _NANO
+from fxmerge.solve.objective import Objective, Prices, price
+from fxmerge.solve.space import SpaceName, restrict
 
 MAX_POINTS = 4096  # 150 units with 8 candidates each reach some 1,500 points; 1,000 with 10 each take 3 s at this bound
-_NANO = 1_000_000_000  # a loss of 1, as an integer
 _TICK = 1 << 20  # 1 ns, as an integer; the bits below count merges, so that among equal plans the fewest sort first
-_LIMIT = 1 << 63
 _BLOCK = 1 << 18  # points of a sum that are laid out at once
-
-_Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -59,11 +70,15 @@ class _Trace:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Front:
-    """Points by rising latency and falling loss; ``cost`` (2, points) holds ticks and nano-losses."""
+    """Points by rising latency and falling loss, or in lexicographic order of (latency, amount, loss).
+
+    ``cost`` (2 or 3, points) holds ticks, nano-losses and, with a second resource, amounts.
+    """
 
     cost: _Ints
     trace: _Trace
     slack: int = 0
+    surplus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,30 @@ class _Offer:
     candidate: int
     latency_ns: int
     nano_loss: int
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How fronts are added up and cut short; without a second resource there are no amounts."""
+
+    max_points: int | None
+    second: Resource | None
+
+    @property
+    def largest(self) -> bool:
+        return self.second is not None and self.second.largest
+
+    def point(self, ticks: int = 0, nano_loss: int = 0, amount: int = 0, candidate: int | None = None) -> _Front:
+        rows = [[ticks], [nano_loss]] if self.second is None else [[ticks], [nano_loss], [amount]]
+        return _Front(np.array(rows, dtype=np.int64), _Trace(np.zeros(1, dtype=np.int64), candidate=candidate))
+
+    def add(self, left: _Ints, right: _Ints) -> _Ints:
+        """The costs of all pairs."""
+        cost = right[:, :, None] + left[:, None, :]
+        if self.largest:
+            np.maximum(right[2, :, None], left[2, None, :], out=cost[2])
+        return cost.reshape(len(cost), -1)
 
 
 def solve(
@@ -86,12 +125,16 @@ def solve(
     remainder_ns: int,
     original_ns: int,
     fingerprint: str,
+    objective: Objective = "additive-loss",
+    units_loss: Mapping[str, float] | None = None,
+    second: Resource | None = None,
     max_points: int | None = MAX_POINTS,
 ) -> ParetoFront:
-    """Find all plans of which none is both no slower and no worse than another.
+    """Find all plans of which none is both no slower and no worse than another, nor takes less of a second resource.
 
-    Of plans equal in latency and loss it keeps one of fewest merges; of those, where they last differ along a chain, it
-    prefers the unit left alone, then the candidate offered first.
+    Of plans equal in latency and loss (and amount) it keeps one of fewest merges; of those, where they last differ along a
+    chain, it prefers the unit left alone, then the candidate offered first. (With a resource of which the largest amount
+    counts, the one kept may have more merges.)
 
     Args:
         root: the whole network; its children are the top-level chains.
@@ -102,7 +145,10 @@ def solve(
         remainder_ns: added to the latency of every plan; may be negative.
         original_ns: latency of the folded original.
         fingerprint: of the graph.
-        max_points: thin fronts that grow longer, and report in ``slack`` what that may cost; None never does.
+        objective: what is made small, see :mod:`fxmerge.solve.objective`.
+        units_loss: unit (its ``end``) -> its loss left alone, where that is measured, too; 0 for a unit that is missing.
+        second: a resource that plans can be picked by beside latency.
+        max_points: thin fronts that grow longer, and report in ``slack`` and ``surplus`` what that may cost; None never does.
 
     Raises:
         InputError: a candidate fits no chain, or a number cannot be used.
@@ -115,33 +161,50 @@ def solve(
     >>> front.latencies_ns, front.losses, front.choose(0)
     ((6, 21), (0.25, 0.0), (0,))
     """
-    if max_points is not None and max_points < 2:
-        raise InputError(f"max_points is {max_points}; a front needs 2 to keep its ends. Give 2 or more, or None.")
+    ends = 2 if second is None else 3
+    if max_points is not None and max_points < ends:
+        raise InputError(f"max_points is {max_points}; a front needs {ends} to keep its ends. Give {ends} or more, or None.")
     _whole(original_ns, "original_ns")
     _whole(abs(remainder_ns), "the size of remainder_ns")
-    units = _breadth_first(root)
+    units = breadth_first(root)
     own_ns = _own_latencies(units, units_ns)
-    offers = _offers(units, candidates, latencies_ns, losses)
-    _check_range(own_ns, offers)
+    if not len(candidates) == len(latencies_ns) == len(losses):
+        counts = f"{len(candidates)} candidates, {len(latencies_ns)} latencies, {len(losses)} losses"
+        raise InputError(f"found {counts}; give one latency and one loss for each candidate.")
+    places = Places(units)
+    prices = price(objective, candidates, losses, units_loss or {}, places, root.end)
+    offers = _offers(places, candidates, latencies_ns, prices, second)
+    own_amount = _own_amounts(own_ns, second)
+    _check_range(own_ns, own_amount, prices, offers)
+    rule = _Rule(max_points, second)
 
     alone: dict[str, _Front] = {}
     for unit in reversed(units):  # what is inside a unit comes before it
-        front = _point(own_ns[unit.end] * _TICK)
+        front = rule.point(own_ns[unit.end] * _TICK, prices.units.get(unit.end, 0), own_amount[unit.end])
         for chain in unit.children:
-            front = _best([(front, _along(chain, alone, offers, max_points))], max_points)
+            front = _best([(front, _along(chain, alone, offers, rule))], rule)
         alone[unit.end] = front
 
     front = alone[root.end]
-    shown = front.cost[1] / _NANO
-    falls = np.append(True, shown[1:] < shown[:-1])  # neighbours above 2**53 may round to one float
+    shown = (front.cost[1] - prices.base) / _NANO
+    if second is None:
+        shows = np.append(True, shown[1:] < shown[:-1])  # neighbours above 2**53 may round to one float
+        amounts: list[int] = []
+    else:
+        shows = np.ones(len(shown), dtype=np.bool_)
+        amounts = [max(n, second.rest) if second.largest else n + second.rest for n in front.cost[2].tolist()]
     return ParetoFront(
         fingerprint=fingerprint,
-        latencies_ns=tuple(ns + remainder_ns for ns in (front.cost[0][falls] // _TICK).tolist()),
-        losses=tuple(shown[falls].tolist()),
+        latencies_ns=tuple(ns + remainder_ns for ns in (front.cost[0][shows] // _TICK).tolist()),
+        losses=tuple(shown[shows].tolist()),
         candidates=tuple(candidates),
         original_ns=original_ns,
-        choose=partial(_choose, _Trace(front.trace.origin[falls], front.trace.parts)),
+        choose=partial(_choose, _Trace(front.trace.origin[shows], front.trace.parts)),
         slack=front.slack / _NANO,
+        objective=objective,
+        second="" if second is None else second.name,
+        amounts=tuple(amounts),
+        surplus=front.surplus,
     )
 
 
@@ -152,10 +215,24 @@ def solve_tables(
     importance: ImportanceTable,
     fingerprint: str,
     *,
+    space: SpaceName = "joint",
+    objective: Objective = "additive-loss",
+    second: Resource | None = None,
     max_points: int | None = MAX_POINTS,
 ) -> ParetoFront:
-    """:func:`solve` on measured tables; candidates missing from either are not offered."""
-    known = [c for c in candidates if c.id in latency.candidates and c.id in importance.candidates]
+    """:func:`solve` on measured tables; candidates missing from either, or outside the space, are not offered.
+
+    Args:
+        root, candidates, fingerprint, objective, second, max_points: as for :func:`solve`.
+        latency: of candidates, units left alone, and the whole.
+        importance: of candidates.
+        space: ``joint`` offers all; ``activations`` and ``layers`` are baselines, see :mod:`fxmerge.solve.space`.
+
+    Raises:
+        InputError: a candidate fits no chain, or a number or an option cannot be used.
+    """
+    offered = restrict(root, candidates, space)
+    known = [c for c in offered if c.id in latency.candidates and c.id in importance.candidates]
     return solve(
         root,
         known,
@@ -165,35 +242,32 @@ def solve_tables(
         remainder_ns=latency.remainder_ns,
         original_ns=latency.network.median_ns,
         fingerprint=fingerprint,
+        objective=objective,
+        second=second,
         max_points=max_points,
     )
 
 
-def _along(chain: Chain, alone: Mapping[str, _Front], offers: Mapping[str, Sequence[_Offer]], max_points: int | None) -> _Front:
+def _along(chain: Chain, alone: Mapping[str, _Front], offers: Mapping[str, Sequence[_Offer]], rule: _Rule) -> _Front:
     """The last front of a chain."""
-    fronts = [_point()]
+    fronts = [rule.point()]
     for unit in chain.units:
         parts = [(fronts[-1], alone[unit.end])]
         for offer in offers.get(unit.end, ()):
-            merge = _point(offer.latency_ns * _TICK + 1, offer.nano_loss, offer.candidate)
+            merge = rule.point(offer.latency_ns * _TICK + 1, offer.nano_loss, offer.amount, offer.candidate)
             parts.append((fronts[offer.start], merge))
-        fronts.append(_best(parts, max_points))
+        fronts.append(_best(parts, rule))
     return fronts[-1]
 
 
-def _point(ticks: int = 0, nano_loss: int = 0, candidate: int | None = None) -> _Front:
-    cost = np.array([[ticks], [nano_loss]], dtype=np.int64)
-    return _Front(cost, _Trace(np.zeros(1, dtype=np.int64), candidate=candidate))
-
-
-def _best(parts: Sequence[tuple[_Front, _Front]], max_points: int | None) -> _Front:
+def _best(parts: Sequence[tuple[_Front, _Front]], rule: _Rule) -> _Front:
     """Prune the union of the sums of each two fronts, then thin it."""
     pending: list[tuple[_Ints, _Ints]] = []
     count = size = held = 0
     for left, right in parts:
         rows = max(1, _BLOCK // left.cost.shape[1])
         for row in range(0, right.cost.shape[1], rows):
-            cost = (right.cost[:, row : row + rows, None] + left.cost[:, None, :]).reshape(2, -1)
+            cost = rule.add(left.cost, right.cost[:, row : row + rows])
             pending.append((cost, np.arange(count, count + cost.shape[1])))
             count, size = count + cost.shape[1], size + cost.shape[1]
             if size > 2 * max(_BLOCK, held):
@@ -201,21 +275,29 @@ def _best(parts: Sequence[tuple[_Front, _Front]], max_points: int | None) -> _Fr
                 size = held = pending[0][0].shape[1]
     cost, origin = _prune(pending)
     slack = max(left.slack + right.slack for left, right in parts)
-    if max_points is not None and len(origin) > max_points:
-        kept, gap = _thin(cost[1], max_points)
+    joined = max if rule.largest else operator.add
+    surplus = max(joined(left.surplus, right.surplus) for left, right in parts)
+    if rule.max_points is not None and len(origin) > rule.max_points:
+        if rule.second is None:
+            kept, gap = _thin(cost[1], rule.max_points)
+        else:
+            kept, gap, more = _thin_in_three(cost, rule.max_points)
+            surplus += more
         cost, origin, slack = cost[:, kept], origin[kept], slack + gap
-    return _Front(cost, _Trace(origin, tuple((left.trace, right.trace) for left, right in parts)), slack)
+    return _Front(cost, _Trace(origin, tuple((left.trace, right.trace) for left, right in parts)), slack, surplus)
 
 
 def _prune(pending: Sequence[tuple[_Ints, _Ints]]) -> tuple[_Ints, _Ints]:
     """Costs and origins of the points that no other beats; of equal ones, the first of fewest merges."""
     cost = np.concatenate([cost for cost, _ in pending], axis=1)
-    order = np.argsort(cost[0], kind="stable")  # timsort: fast on parts that are sorted already
-    least = np.minimum.accumulate(cost[1][order])
-    order = order[np.append(True, least[1:] < least[:-1])]
-    latency = cost[0][order] // _TICK
-    order = order[np.append(latency[1:] > latency[:-1], True)]  # of equal latencies the last has the least loss
-    return cost[:, order], np.concatenate([origin for _, origin in pending])[order]
+    origin = np.concatenate([origin for _, origin in pending])
+    if len(cost) == 2:
+        order = unbeaten_of_two(cost[0], cost[1])
+        latency = cost[0][order] // _TICK
+        order = order[np.append(latency[1:] > latency[:-1], True)]  # of equal latencies the last has the least loss
+    else:
+        order = unbeaten_of_three(cost[0] // _TICK, cost[2], cost[1], cost[0] % _TICK)
+    return cost[:, order], origin[order]
 
 
 def _thin(loss: _Ints, max_points: int) -> tuple[_Ints, int]:
@@ -240,6 +322,32 @@ def _thin(loss: _Ints, max_points: int) -> tuple[_Ints, int]:
     return np.flatnonzero(kept), int((loss[stand_in] - loss)[~kept].max())
 
 
+def _thin_in_three(cost: _Ints, max_points: int) -> tuple[_Ints, int, int]:
+    """Of a front too long, the points to keep, and how much worse, and how much more, a stand-in is at most.
+
+    Losses and amounts are taken for those of their buckets, as many of each as leave few enough points that no other beats.
+    """
+    latency, loss, amount = cost[0] // _TICK, cost[1], cost[2]
+    depth, above = loss - loss.min(), amount - amount.min()
+    ends = np.unique([int(np.argmin(loss)), int(np.argmin(amount)), 0])
+
+    def stay(buckets: int) -> tuple[_Ints, int, int]:
+        wide, tall = int(depth.max()) // buckets + 1, int(above.max()) // buckets + 1
+        kept = unbeaten_of_three(latency, above // tall, depth // wide, cost[0] % _TICK)
+        return np.union1d(kept, ends), wide - 1, tall - 1
+
+    few = max(1, math.isqrt(max_points - len(ends)))  # so few, there are no more cells than points allowed
+    best = stay(few)
+    step = few
+    while step > few >> 2:
+        tried = stay(few + step)
+        if len(tried[0]) <= max_points:
+            best, few, step = tried, few + step, 2 * step
+        else:
+            step //= 2
+    return best
+
+
 def _choose(trace: _Trace, point: int) -> tuple[int, ...]:
     """The candidates behind a point, in graph order: along the chain, and chain after chain."""
     chosen: list[int] = []
@@ -259,14 +367,6 @@ def _choose(trace: _Trace, point: int) -> tuple[int, ...]:
     return tuple(reversed(chosen))
 
 
-def _breadth_first(root: Unit) -> list[Unit]:
-    """All units, each before those inside it; without recursion, so of any depth."""
-    units = [root]
-    for unit in units:
-        units.extend(inner for chain in unit.children for inner in chain.units)
-    return units
-
-
 def _own_latencies(units: Sequence[Unit], units_ns: Mapping[str, int]) -> dict[str, int]:
     """Unit -> latency of its own nodes."""
     own_ns = dict.fromkeys((unit.end for unit in units), 0)
@@ -280,46 +380,56 @@ def _own_latencies(units: Sequence[Unit], units_ns: Mapping[str, int]) -> dict[s
     return own_ns
 
 
+def _own_amounts(ends: Mapping[str, int], second: Resource | None) -> dict[str, int]:
+    """Unit -> what its own nodes take of the second resource."""
+    amounts = dict.fromkeys(ends, 0)
+    if second is None:
+        return amounts
+    _whole(abs(second.rest), f"the size of the rest of {second.name}", "")
+    for end, amount in second.units.items():
+        if end not in amounts:
+            raise InputError(f"{second.name} names {end!r}, which ends no unit. Count again, on this network.")
+        amounts[end] = _whole(amount, f"{second.name} of unit {end!r}", "")
+    return amounts
+
+
 def _offers(
-    units: Sequence[Unit], candidates: Sequence[Candidate], latencies_ns: Sequence[int], losses: Sequence[float]
+    places: Places, candidates: Sequence[Candidate], latencies_ns: Sequence[int], prices: Prices, second: Resource | None
 ) -> dict[str, list[_Offer]]:
     """The end of a unit -> the candidates that end there."""
-    if not len(candidates) == len(latencies_ns) == len(losses):
-        counts = f"{len(candidates)} candidates, {len(latencies_ns)} latencies, {len(losses)} losses"
-        raise InputError(f"found {counts}; give one latency and one loss for each candidate.")
-    chains = [(chain, {cut: k for k, cut in enumerate(chain.cuts)}) for unit in units for chain in unit.children]
-    places = {unit.end: place for chain, place in chains for unit in chain.units}
     offers: dict[str, list[_Offer]] = defaultdict(list)
-    for k, (candidate, latency_ns, loss) in enumerate(zip(candidates, latencies_ns, losses, strict=True)):
+    for k, (candidate, latency_ns, nano) in enumerate(zip(candidates, latencies_ns, prices.candidates, strict=True)):
         name = f"candidate {candidate.id!r}"
-        place = places.get(candidate.end, {})
-        if candidate.entry not in place or place[candidate.entry] >= place[candidate.end]:
-            where = f"{candidate.entry!r} to {candidate.end!r}"
-            raise InputError(f"{name}: no chain runs from {where}. Offer candidates of this network only.")
-        if not 0 <= loss < _LIMIT // _NANO:
-            limit = f"a finite number from 0 to {_LIMIT // _NANO:.1e}"
-            raise InputError(f"the loss of {name} is {loss}; it must be {limit}. Score it again, or leave it out.")
-        nanoseconds = _whole(latency_ns, f"the latency of {name}")
-        offers[candidate.end].append(_Offer(place[candidate.entry], k, nanoseconds, math.ceil(float(loss) * _NANO)))
+        _, start, _ = places.stretch(candidate)
+        if second is not None and candidate.id not in second.candidates:
+            raise InputError(f"{second.name} of {name} is missing. Count again, with these candidates.")
+        amount = 0 if second is None else _whole(second.candidates[candidate.id], f"{second.name} of {name}", "")
+        offers[candidate.end].append(_Offer(start, k, _whole(latency_ns, f"the latency of {name}"), nano, amount))
     return offers
 
 
-def _check_range(own_ns: Mapping[str, int], offers: Mapping[str, Sequence[_Offer]]) -> None:
+def _check_range(
+    own_ns: Mapping[str, int], own_amount: Mapping[str, int], prices: Prices, offers: Mapping[str, Sequence[_Offer]]
+) -> None:
     """Refuse sums of over 64 bits; at a unit a plan pays for it, or for one candidate that ends there, or nothing."""
     ticks = sum(max([own, *(o.latency_ns for o in offers.get(end, ()))]) * _TICK + 1 for end, own in own_ns.items())
     if ticks >= _LIMIT:
         raise InputError(f"the latencies add up to {ticks // _TICK} ns, over {_LIMIT // _TICK}. Give nanoseconds.")
-    nano = sum(max(offer.nano_loss for offer in offered) for offered in offers.values())
+    nano = sum(max([prices.units.get(end, 0), *(o.nano_loss for o in offers.get(end, ()))]) for end in own_ns)
     if nano >= _LIMIT:
         text = f"the losses add up to {nano / _NANO:.3e}, over {_LIMIT / _NANO:.3e}"
         raise InputError(f"{text}. Leave out the candidates that lose most.")
+    amount = sum(max([own, *(o.amount for o in offers.get(end, ()))]) for end, own in own_amount.items())
+    if amount >= _LIMIT:
+        raise InputError(f"the amounts of the second resource add up to {amount}, over {_LIMIT}. Give them in a larger unit.")
 
 
-def _whole(value: int, what: str) -> int:
+def _whole(value: int, what: str, unit: str = "nanoseconds") -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise InputError(f"{what} is {value!r}; it must be a whole number of nanoseconds. Round it up.") from None
+        of = f" of {unit}" if unit else ""
+        raise InputError(f"{what} is {value!r}; it must be a whole number{of}. Round it up.") from None
     if number < 0:
-        raise InputError(f"{what} is {number} ns; it cannot be negative. Measure it again.")
+        raise InputError(f"{what} is {number}{' ns' if unit else ''}; it cannot be negative. Measure it again.")
     return number

@@ -41,3 +41,15 @@ def test_no_proposals_are_no_rows() -> None:
 def test_anything_else_is_refused_by_its_type(subject: object, name: str) -> None:
     with pytest.raises(fxmerge.InputError, match=f"explain prints findings, proposals, .*, found {name}; of a network print its"):
         fxmerge.explain(subject)  # type: ignore[arg-type]
+
+
+def test_a_plan_and_a_front_say_what_their_loss_is_and_what_else_they_take() -> None:
+    plan = fxmerge.Plan("f", (), 5_000_000, 0.25, "layermerge")
+    title = "Plan: 0 merges, 5.000 ms predicted, loss 0.25 (layermerge: layers less the sum of exp(change))"
+    assert fxmerge.explain(plan).splitlines()[0] == title
+    front = fxmerge.ParetoFront(
+        "f", (2_000_000,), (0.5,), (), 4_000_000, lambda _: (), objective="layermerge", second="parameters", amounts=(7,)
+    )
+    lines = fxmerge.explain(front).splitlines()
+    assert lines[1].split() == ["speed-up", "ms", "parameters", "loss", "(layermerge)"]
+    assert lines[-1].split() == ["2.000x", "2.000", "7", "0.5"]

@@ -1,0 +1,190 @@
+"""What candidates and units left alone take beside time; counted, not measured.
+
+- ``parameters``: numbers in the modules that are called, each counted where it is first called; norms are folded. A candidate
+  takes C_out * C_in/groups * taps weights, C_out biases if it has any, and a matrix for every side input.
+- ``multiply_adds``: of convolutions and linear layers, for one image of the size traced. A candidate takes its weights times
+  its output pixels.
+- ``peak_bytes``: the most bytes of tensors alive at any step, for the batch traced; weights and the workspace of a kernel are
+  not among them. The steps are the nodes of the folded network in graph order. Alive at a step are its operands, its output, and
+  every tensor computed before that is read after it. An activation writes over its operand where nobody reads that later. A
+  candidate is one step, at its exit: alive are its entry, its side inputs, its output, a padded copy of the entry where it
+  cannot pad by itself, and what others computed before and read later; an identity has no output of its own. The peak of a plan
+  is the largest of its parts'. It is never below the truth where branches run one after the other, as code is written; where
+  their nodes alternate in graph order it is an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxmerge.algebra.module import separate_padding
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.resource import Name, Resource
+from fxmerge.core.segment import Candidate, Proposal
+from fxmerge.errors import InputError
+from fxmerge.graph.meta import facts
+from fxmerge.graph.query import attribute, data_operands, is_tensor, module_of
+from fxmerge.operators import Activation, Map
+from fxmerge.passes.fold_batchnorm import FoldBatchNorm
+
+
+def count_resource(findings: Findings, proposals: Sequence[Proposal], name: Name) -> Resource:
+    """What every candidate, and every unit left alone, takes of a resource; to be given to the solver.
+
+    Args:
+        findings: of the traced graph.
+        proposals: candidates to count.
+        name: ``parameters``, ``multiply_adds`` or ``peak_bytes``; see the module's text.
+
+    Raises:
+        InputError: there is no such resource.
+    """
+    counts: dict[str, Callable[[Findings, Sequence[Proposal]], Resource]] = {
+        "parameters": _parameters,
+        "multiply_adds": _multiply_adds,
+        "peak_bytes": _peak_bytes,
+    }
+    if name not in counts:
+        raise InputError(f"resource is {name!r}; give one of {', '.join(counts)}.")
+    return counts[name](findings, proposals)
+
+
+def _parameters(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
+    folded = FoldBatchNorm(findings.operators).apply(findings.graph)
+    counted: set[int] = set()
+    of_node = {node.name: _own_parameters(folded, node, counted) for node in folded.graph.nodes}
+    candidates = {c.id: _weights(findings, p, c, 1) + c.geometry.out_channels * c.geometry.bias for p, c in _each(proposals)}
+    return _summed("parameters", findings, of_node, candidates)
+
+
+def _own_parameters(graph: GraphModule, node: Node, counted: set[int]) -> int:
+    module = module_of(graph, node)
+    if module is None:
+        found = attribute(graph, str(node.target)) if node.op == "get_attr" else None
+        parameters = [found] if isinstance(found, nn.Parameter) else []
+    else:
+        parameters = list(module.parameters())
+    fresh = {id(p): p.numel() for p in parameters if id(p) not in counted}
+    counted.update(fresh)
+    return sum(fresh.values())
+
+
+def _multiply_adds(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
+    of_node = {node.name: _own_multiply_adds(findings, node) for node in findings.graph.graph.nodes}
+    shapes = _shapes(findings)
+    candidates = {c.id: _weights(findings, p, c, math.prod(shapes[c.exit][2:])) for p, c in _each(proposals)}
+    return _summed("multiply_adds", findings, of_node, candidates)
+
+
+def _own_multiply_adds(findings: Findings, node: Node) -> int:
+    verdict, shape = findings.verdicts.get(node), facts(node).shape
+    if shape is None:
+        return 0
+    if isinstance(verdict, Map) and verdict.role == "convolution":
+        return math.prod(verdict.geometry.weight_shape) * math.prod(shape[2:])
+    module = module_of(findings.graph, node)
+    if isinstance(module, nn.Linear):
+        return module.in_features * math.prod(shape[1:])
+    if isinstance(module, nn.modules.conv._ConvNd):
+        images = facts(data_operands(node)[0]).shape if module.transposed else shape
+        return math.prod((images or ())[1:]) * math.prod(module.weight.shape[1:])
+    return 0
+
+
+def _weights(findings: Findings, proposal: Proposal, candidate: Candidate, pixels: int) -> int:
+    """Weights of the one convolution, each as often as there are pixels, and of the matrices for its side inputs."""
+    if candidate.kind == "identity":
+        return 0
+    shapes = _shapes(findings)
+    sides = sum(shapes[side][1] * candidate.geometry.out_channels for side in proposal.segment.expression.sides)
+    return math.prod(candidate.geometry.weight_shape) * pixels + sides
+
+
+def _summed(name: Name, findings: Findings, of_node: Mapping[str, int], candidates: Mapping[str, int]) -> Resource:
+    units = {unit.end: sum(of_node.get(node, 0) for node in unit.nodes) for unit in findings.region.walk()}
+    return Resource(name, candidates, units, sum(of_node.values()) - sum(units.values()))
+
+
+def _each(proposals: Sequence[Proposal]) -> list[tuple[Proposal, Candidate]]:
+    return [(proposal, candidate) for proposal in proposals for candidate in proposal.candidates]
+
+
+def _shapes(findings: Findings) -> dict[str, tuple[int, ...]]:
+    return {node.name: facts(node).shape or () for node in findings.graph.graph.nodes}
+
+
+def _peak_bytes(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
+    entries = frozenset(proposal.segment.entry for proposal in proposals)
+    steps = _Steps(findings, FoldBatchNorm(findings.operators, entries).apply(findings.graph))
+    candidates = {c.id: steps.of_candidate(p, c) for p, c in _each(proposals)}
+    units = {unit.end: max(map(steps.of_node, unit.nodes), default=0) for unit in findings.region.walk()}
+    inside = {name for unit in findings.region.walk() for name in unit.nodes}
+    rest = max((steps.of_node(name) for name in steps.place if name not in inside), default=0)
+    return Resource("peak_bytes", candidates, units, rest, largest=True)
+
+
+class _Steps:
+    """The bytes alive at each step of the folded network."""
+
+    def __init__(self, findings: Findings, folded: GraphModule) -> None:
+        recorded = {node.name: facts(node) for node in findings.graph.graph.nodes}
+        self.nodes = {node.name: node for node in folded.graph.nodes}
+        self.place = {name: k for k, name in enumerate(self.nodes)}
+        self.readers = {name: [user.name for user in node.users] for name, node in self.nodes.items()}
+        activations = {node.name for node, verdict in findings.verdicts.items() if isinstance(verdict, Activation)}
+        self.activations = activations & self.nodes.keys()
+        self.size: dict[str, int] = {}
+        for name, node in self.nodes.items():
+            known = recorded.get(name, facts(node))
+            whole = is_tensor(node) and known.shape is not None and known.dtype is not None
+            self.size[name] = math.prod(known.shape or ()) * known.dtype.itemsize if whole and known.dtype else 0
+
+    def _alive(self, place: int, outside: frozenset[str] = frozenset()) -> int:
+        """Bytes computed before a place and read at it or after it, by others than these nodes."""
+        return sum(
+            size
+            for name, size in self.size.items()
+            if self.place[name] < place
+            and any(self.place[reader] >= place and reader not in outside for reader in self.readers[name])
+        )
+
+    def of_node(self, name: str) -> int:
+        node = self.nodes.get(name)
+        if node is None or node.op in ("output", "get_attr"):
+            return 0
+        return self._alive(self.place[name]) + (0 if self._writes_over(node) else self.size[name])
+
+    def _writes_over(self, node: Node) -> bool:
+        operand = next(iter(data_operands(node)), None)
+        later = partial(self._read_after, self.place[node.name])
+        return node.name in self.activations and operand is not None and operand.op != "placeholder" and not later(operand.name)
+
+    def _read_after(self, place: int, name: str) -> bool:
+        return any(self.place[reader] > place for reader in self.readers[name])
+
+    def of_candidate(self, proposal: Proposal, candidate: Candidate) -> int:
+        inside = frozenset(proposal.segment.nodes)
+        place = self.place[candidate.exit]
+        own = [candidate.entry, *proposal.segment.expression.sides]
+        held = sum(self.size[n] for n in dict.fromkeys(own) if not self._read_by_others(n, place, inside))
+        alive = self._alive(place, inside) + held
+        if candidate.kind == "identity":
+            return alive
+        return alive + self.size[candidate.exit] + self._padded(candidate)
+
+    def _read_by_others(self, name: str, place: int, inside: frozenset[str]) -> bool:
+        """Whether it is alive for another's sake as well."""
+        return any(self.place[reader] >= place and reader not in inside for reader in self.readers[name])
+
+    def _padded(self, candidate: Candidate) -> int:
+        amounts = separate_padding(candidate.geometry)
+        shape = facts(self.nodes[candidate.entry]).shape
+        if not amounts or shape is None:
+            return 0
+        pixels = (n + sum(pads) for n, pads in zip(shape[2:], candidate.geometry.padding, strict=True))
+        return self.size[candidate.entry] // math.prod(shape[2:]) * math.prod(pixels)
