@@ -121,23 +121,24 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    measuring = _measuring(options)
+    model, example, measuring = _measuring(options)
     _make_folder(options.out)
     budget = {"speedup": options.speedup, "fraction": options.fraction, "latency_ms": options.latency_ms}
-    result = fxmerge.compress(**measuring, **budget, exact=options.exact, progress=True)
+    result = fxmerge.compress(model, example, **measuring, **budget, exact=options.exact, progress=True)
     result.save(options.out)
     print(result.report())  # noqa: T201
 
 
 def _measure(options: argparse.Namespace) -> None:
     with Bars(True) as bars:
-        found = survey(**_measuring(options), bars=bars)
+        model, example, measuring = _measuring(options)
+        found = survey(model, example, **measuring, bars=bars)
     front = fxmerge.solve(found.findings.region, found.candidates, found.latency, found.importance, found.findings.fingerprint)
     print(fxmerge.explain(front))  # noqa: T201
 
 
-def _measuring(options: argparse.Namespace) -> dict[str, Any]:
-    """What both verbs that measure give on."""
+def _measuring(options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """What both verbs that measure give on: the model, example inputs, and options."""
     if options.data is None and not options.exact:
         raise InputError("give --data (unlabelled images to calibrate on)" + (", or --exact" if "speedup" in options else ""))
     _check_numbers(options)
@@ -145,8 +146,7 @@ def _measuring(options: argparse.Namespace) -> dict[str, Any]:
     images = None if options.exact else _images(options)
     example = _example(options) if images is None else images[torch.arange(options.batch) % len(images)]
     executor = fxmerge.Processes(workers=options.workers) if options.executor == "processes" else options.executor
-    given = {"model": model, "example_inputs": example, "calibration": images, "space": options.space}
-    return {**given, "store": options.store, "executor": executor}
+    return model, example, {"calibration": images, "space": options.space, "store": options.store, "executor": executor}
 
 
 def _solve(options: argparse.Namespace) -> None:

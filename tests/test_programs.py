@@ -243,7 +243,7 @@ def test_random_programs_through_export() -> None:
 def test_every_operation_is_drawn() -> None:
     drawn: Counter[str] = Counter()
 
-    @settings(max_examples=500, phases=[Phase.generate])
+    @settings(max_examples=800, phases=[Phase.generate])
     @given(programs())
     def count(program: Program) -> None:
         drawn.update(instruction.operation for instruction in program.instructions)
