@@ -30,7 +30,7 @@ from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.store import Store, place_of
-from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, for_networks, versions
+from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, versions
 from fxmerge.operators import Operators, default_operators, is_linear, write_map
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
@@ -61,7 +61,7 @@ def measure_latency(
         proposals: candidates to measure.
         example_inputs: a tensor, or the tuple of arguments, of the batch and image size to measure for: those of the trace.
         target: device, dtype, layout, back end, threads; None for the CPU as it is.
-        timer: what measures, single modules and the whole; None for :class:`InterleavedTimer` and :func:`compare`.
+        timer: what measures, single modules and the whole; None for :class:`InterleavedTimer`.
         store: where measurements are written as they come; what it holds is not measured again.
         progress: called with (done, total) measurements.
 
@@ -70,19 +70,19 @@ def measure_latency(
     """
     target = target or Target()
     work: dict[str, Timed | None] = {}
-    network = baseline(findings.graph, operators=findings.operators)
     folded = _parts(findings)
     candidates: dict[str, str] = {}
     for proposal in proposals:
         for candidate in proposal.candidates:
             candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, proposal.segment.expression.sides))
     units: dict[str, str] = {}
-    for unit, nodes in _replaceable_units(folded, findings.region, proposals):
+    for unit, nodes in _units(folded, findings.region):
         units[unit.end] = _enter(work, *extract(folded, nodes))
-    parts = {key: timed for key, timed in work.items() if timed is not None}
+    # The whole is timed in turn with its parts: a machine that is slow just then is so for both.
+    whole = Timed(baseline(findings.graph, operators=findings.operators), as_arguments(example_inputs), thorough=True)
+    parts = {_whole_key(whole): whole} | {key: timed for key, timed in work.items() if timed is not None}
     measurements = _timed(parts, timer or InterleavedTimer(), target, store, progress)
-    whole = Timed(network, as_arguments(example_inputs))
-    [original] = _timed({_whole_key(whole): whole}, timer or for_networks(), target, store, None).values()
+    original = measurements.pop(_whole_key(whole))
     nothing = Measurement(0, 0, 0, target, original.versions)
     return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, original)
 
@@ -213,13 +213,12 @@ def _kept_activations(graph: GraphModule, candidate: Candidate) -> list[Node]:
     return kept
 
 
-def _replaceable_units(graph: GraphModule, region: Unit, proposals: Sequence[Proposal]) -> Iterator[tuple[Unit, list[Node]]]:
-    """The units that some candidate replaces, with their own nodes in the folded graph."""
-    replaceable = {name for proposal in proposals for name in proposal.segment.nodes}
+def _units(graph: GraphModule, region: Unit) -> Iterator[tuple[Unit, list[Node]]]:
+    """All units that compute something, with their own nodes in the folded graph."""
     named: Mapping[str, Node] = {node.name: node for node in graph.graph.nodes}
     for unit in region.walk():
-        nodes = [named[name] for name in unit.nodes if name in named]
-        if nodes and replaceable.issuperset(unit.nodes):
+        nodes = [named[name] for name in unit.nodes if name in named and named[name].op.startswith("call_")]
+        if nodes:
             yield unit, nodes
 
 

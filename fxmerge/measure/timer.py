@@ -61,10 +61,12 @@ class Timed:
         module: any module; it is not changed.
         inputs: for each argument a tensor, of which every run gets a copy; a shape, for which the timer draws noise; or anything
             else, given as it is, tensors inside copied.
+        thorough: give it a sample in every round, whatever that takes.
     """
 
     module: nn.Module
     inputs: Inputs
+    thorough: bool = False
 
 
 class SampleLog(Protocol):
@@ -217,15 +219,15 @@ class _Bench:
                 run, fresh = self._captured(run, sources)
         earlier = list(self.timer.log.earlier(index)) if self.timer.log is not None else []
         subject = _Subject(index, name, run, fresh, samples=earlier)
-        self._plan(subject, max(1, min(self._lap(subject) for _ in range(self.timer.warmup))))
+        self._plan(subject, max(1, min(self._lap(subject) for _ in range(self.timer.warmup))), timed.thorough)
         return subject
 
-    def _plan(self, subject: _Subject, ns: int) -> None:
+    def _plan(self, subject: _Subject, ns: int, thorough: bool) -> None:
         """Several runs a round: apart from each other on a CPU, back to back on a GPU, as kernels are in a network."""
         runs = min(self.timer.max_runs_per_sample, max(1, math.ceil(self.timer.min_seconds_per_sample * 1e9 / ns)))
         subject.turns, subject.burst = (1, runs) if self.on_gpu else (runs, 1)
         affordable = self.timer.max_seconds_per_module * 1e9 / (ns * runs)
-        subject.rounds = int(min(self.timer.rounds, max(3, affordable)))
+        subject.rounds = self.timer.rounds if thorough else int(min(self.timer.rounds, max(3, affordable)))
 
     def round(self, subjects: Sequence[_Subject], number: int) -> None:
         """One more sample of each; odd rounds go backwards, and each pair of rounds starts one module further on."""
