@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 import fxmerge
 from benchmarks.zoo.blocks import blocks, found
@@ -125,23 +126,26 @@ def accepted(
 def law(
     findings: fxmerge.Findings, proposals: Sequence[fxmerge.Proposal], inputs: Sequence[tuple[Any, ...]], dtype: torch.dtype
 ) -> Iterator[Row]:
-    """For each of some random plans its merges by kind and the largest error; a plan whose student overflows is drawn again.
+    """For each of some random plans its merges by kind and the largest error.
 
-    Where the law is broken, ``response`` says how far the student itself moves if its input is disturbed by rounding.
+    A plan is drawn again if its student overflows, or is so ill-conditioned that rounding its own tensors once more moves its
+    output by a tenth of the tolerance: with random weights in place of fitted ones, values may grow by orders of magnitude.
+    ``shaky`` counts these.
     """
     errors: list[float] = []
     merges: Counter[str] = Counter()
-    response: list[float] = []
+    shaky = 0
     rng = random.Random(0)
-    for _ in range(3 * PLANS if proposals else 0):
+    for _ in range(4 * PLANS if proposals else 0):
         plan = _random_plan(findings, proposals, rng)
-        error = _plan_error(findings.graph, plan, inputs) if plan.merges else None
-        if error is not None:
-            errors.append(error)
+        student = fxmerge.Linearize(own=False).apply(fxmerge.annotate(findings.graph, plan))
+        response = _response(student, inputs[0])
+        if plan.merges and response <= 0.1 * TOLERANCE[dtype]:
+            errors.append(_plan_error(student, inputs))
             merges.update(merge.kind for merge in plan.merges)
-            if not error <= TOLERANCE[dtype]:
-                response.append(_response(findings.graph, plan, inputs[0], dtype))
-            yield {"errors": errors, "merges": merges, "tolerance": TOLERANCE[dtype], "response": response}
+        else:
+            shaky += bool(plan.merges)
+        yield {"errors": errors, "merges": merges, "tolerance": TOLERANCE[dtype], "shaky": shaky}
         if len(errors) == PLANS:
             return
 
@@ -161,25 +165,32 @@ def _random_plan(findings: fxmerge.Findings, proposals: Sequence[fxmerge.Proposa
     return fxmerge.Plan(findings.fingerprint, tuple(chosen))
 
 
-def _plan_error(graph: GraphModule, plan: fxmerge.Plan, inputs: Sequence[tuple[Any, ...]]) -> float | None:
-    """The largest error of a plan's merged network over its student's largest value; None if the student is not finite."""
-    student = fxmerge.Linearize(own=False).apply(fxmerge.annotate(graph, plan))
+def _plan_error(student: GraphModule, inputs: Sequence[tuple[Any, ...]]) -> float:
+    """The largest error of a student's merged network over the student's largest value."""
     merged = fxmerge.fuse(student)
-    worst = 0.0
-    for arguments in inputs:
-        expected, found = outputs(student, arguments), outputs(merged, arguments)
-        if not all(bool(x.isfinite().all()) for x in expected):
-            return None
-        worst = max([worst, *(relative_error(a, b) for a, b in zip(expected, found, strict=True))])
-    return worst
+    pairs = [zip(outputs(student, x), outputs(merged, x), strict=True) for x in inputs]
+    return max((relative_error(a, b) for pair in pairs for a, b in pair), default=0.0)
 
 
-def _response(graph: GraphModule, plan: fxmerge.Plan, arguments: tuple[Any, ...], dtype: torch.dtype) -> float:
-    student = fxmerge.Linearize(own=False).apply(fxmerge.annotate(graph, plan))
-    eps = torch.finfo(dtype).eps
-    disturbed = mapped(lambda x: x * (1 + eps * torch.randn_like(x)) if x.is_floating_point() else x, arguments)
-    pairs = zip(outputs(student, arguments), outputs(student, disturbed), strict=True)
-    return max(relative_error(a, b) for a, b in pairs)
+class _Rounded(Interpreter):
+    """A graph with every floating-point tensor in it off by a rounding error."""
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.is_floating_point() and n.op.startswith("call_"):
+            return value * (1 + torch.finfo(value.dtype).eps * torch.randn_like(value))
+        return value
+
+
+def _response(student: GraphModule, arguments: tuple[Any, ...]) -> float:
+    """How far a student's outputs move when all its tensors are rounded once more; infinite where it overflows."""
+    expected = outputs(student, arguments)
+    if not all(bool(x.isfinite().all()) for x in expected if x.is_floating_point()):
+        return math.inf
+    with torch.no_grad():
+        disturbed = _Rounded(student).run(*mapped(torch.clone, arguments))
+    moved = [leaf for leaf in pytree.tree_leaves(disturbed) if isinstance(leaf, Tensor)]
+    return max((relative_error(a, b) for a, b in zip(expected, moved, strict=True) if a.is_floating_point()), default=0.0)
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:

@@ -59,13 +59,14 @@ def _preamble(models: int, rows: Sequence[Row]) -> str:
     ends = ", ".join(f"{end} {count}" for end, count in Counter(r["front_end"] for r in rows if "front_end" in r).most_common())
     wall, cpu = _wall(rows) / 60, sum(row.get("cpu_seconds", 0.0) for row in rows) / 60
     trivial = sum(law_text(row) == "held" and not any(row["errors"]) for row in rows)
-    large, candidates = (sum(row.get(key, 0) for row in rows) for key in ("too_large_to_draw", "candidates"))
+    large, candidates, shaky = (sum(row.get(key, 0) for row in rows) for key in ("too_large_to_draw", "candidates", "shaky"))
     return (
         f"`python -m benchmarks.zoo`, Python {platform.python_version()}, {versions}; one thread a model; fxmerge's source: "
         f"{sources}. {len(rows)} of {models} models run, in {wall:.0f} minutes ({cpu:.0f} of processor time). Front ends: {ends}. "
         f"The law was not tested on {large} of {candidates} candidates, of more than {PLAN_WEIGHTS / 1e6:.0f} M weights each; in "
-        f"{trivial} models it holds with an error of exactly 0, for no plan drawn multiplied anything out. What is counted, and "
-        "how, is told in `benchmarks/zoo.py`."
+        f"{trivial} models it holds with an error of exactly 0, for no plan drawn multiplied anything out; {shaky} plans were "
+        "drawn again because their students overflow or are ill-conditioned (`benchmarks/zoo/check.py`). What is counted, and "
+        "how, is told in `benchmarks/zoo/__main__.py`."
     )
 
 
@@ -135,9 +136,8 @@ def _lists(rows: Sequence[Row]) -> Iterator[str]:
 
 def _law_fault(row: Row) -> str:
     errors = ", ".join(f"{error:.1e}" for error in row.get("errors", []))
-    moved = ", ".join(f"{error:.1e}" for error in row.get("response", []))
-    control = f"; the student itself, its input disturbed by rounding, moves by {moved}" if moved else ""
-    return f"{law_text(row)}, errors [{errors}] {row.get('fault', '')}{control}"
+    shaky = f"; {row['shaky']} plans drawn again" if row.get("shaky") else ""
+    return f"{law_text(row)}, errors [{errors}] {row.get('fault', '')}{shaky}"
 
 
 def _untold(row: Row) -> str:

@@ -216,10 +216,8 @@ class Store:
             "fingerprint": study.fingerprint,
             "region": study.region.to_json(),
             "candidates": [candidate.to_json() for candidate in study.candidates],
-            "measurements": {key: m.to_json() for key, m in study.latency.measurements.items()},
-            "latency": {"candidates": dict(study.latency.candidates), "units": dict(study.latency.units)},
-            "network": study.latency.network.to_json(),
-            "importance": {name: asdict(score) for name, score in study.importance.candidates.items()},
+            "latency": study.latency.to_json(),
+            "importance": study.importance.to_json(),
         }
         key = digest([study.name, content])
         with self._writing() as connection:
@@ -390,12 +388,6 @@ def _json(value: object) -> str:
 def _study(name: str, data: Mapping[str, Any]) -> Study:
     if data["format"] != FORMAT:
         raise PlanError(f"its format is {data['format']!r}")
-    latency = LatencyTable(
-        {key: Measurement.from_json(m) for key, m in data["measurements"].items()},
-        dict(data["latency"]["candidates"]),
-        dict(data["latency"]["units"]),
-        Measurement.from_json(data["network"]),
-    )
-    importance = ImportanceTable({name: Importance(**score) for name, score in data["importance"].items()})
+    latency, importance = LatencyTable.from_json(data["latency"]), ImportanceTable.from_json(data["importance"])
     candidates = tuple(Candidate.from_json(candidate) for candidate in data["candidates"])
     return Study(name, str(data["fingerprint"]), Unit.from_json(data["region"]), candidates, latency, importance)
