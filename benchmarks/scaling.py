@@ -130,7 +130,8 @@ def _cluster(candidates: int, seconds: dict[str, float]) -> str:
     there = seconds["latency"] + shared + seconds["solve"]
     return (
         f"By arithmetic, for the last network: importance is {candidates} candidates of "
-        f"{seconds['importance'] / candidates:.4f} s, which 1,000 devices would share out ({shared:.3f} s, the sending of network and images not counted). Latency "
+        f"{seconds['importance'] / candidates:.4f} s, "
+        f"which 1,000 devices would share out ({shared:.3f} s, the sending of network and images not counted). Latency "
         f"({seconds['latency']:.1f} s) is measured one piece at a time on one device of the kind that counts, and solving "
         f"({seconds['solve']:.2f} s) is one process: {here:.1f} s would become {there:.1f} s. A scorer that fine-tunes takes "
         "minutes a candidate, and is what a cluster is for: its time falls in proportion up to one device a candidate."
