@@ -22,7 +22,7 @@ from fxmerge.budget import budget_ns
 from fxmerge.data import in_a_line, read_images
 from fxmerge.errors import FxMergeError, InputError
 from fxmerge.measure.progress import Bars
-from fxmerge.measure.store import Study, Trial
+from fxmerge.measure.store import Study, Trial, opened
 from fxmerge.survey import survey
 
 
@@ -130,9 +130,9 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    with Bars(True) as bars:
-        model, example, measuring = _measuring(options)
-        found = survey(model, example, **measuring, bars=bars)
+    model, example, measuring = _measuring(options)
+    with opened(measuring.pop("store")) as store, Bars(True) as bars:
+        found = survey(model, example, **measuring, store=store, bars=bars)
     front = fxmerge.solve(found.findings.region, found.candidates, found.latency, found.importance, found.findings.fingerprint)
     print(fxmerge.explain(front))  # noqa: T201
 
@@ -159,10 +159,11 @@ def _solve(options: argparse.Namespace) -> None:
 
 def _front(options: argparse.Namespace) -> None:
     study, front, trials = _read(options)
-    plan = front.pick(budget_ns(options.budget, front.original_ns)) if options.budget else None
+    plan = front.pick(budget_ns(options.budget, front.original_ns)) if options.budget is not None else None
     if options.plot is not None:
         # A trial's latency is shown relative to the original timed beside it: the machine may have been slower that day.
-        scaled = [(trial.merged_ns * front.original_ns // trial.original_ns, trial.loss) for trial in trials]
+        same = [trial for trial in trials if trial.plan.objective == front.objective]
+        scaled = [(t.merged.median_ns * front.original_ns // t.original.median_ns, t.plan.loss) for t in same]
         plot_front(front, options.plot, picked=plan or (), measured=scaled, title=study.name)
     print(fxmerge.explain(front))  # noqa: T201
     if trials:
@@ -179,10 +180,10 @@ def _read(options: argparse.Namespace) -> tuple[Study, fxmerge.ParetoFront, list
 def _trials(trials: Sequence[Trial]) -> str:
     rows = [
         (
-            f"{t.predicted_ns / 1e6:.3f}",
-            f"{t.merged_ns / 1e6:.3f}",
-            f"{t.original_ns / 1e6:.3f}",
-            f"{t.original_ns / t.merged_ns:.3f}x",
+            f"{(t.plan.latency_ns or 0) / 1e6:.3f}",
+            f"{t.merged.median_ns / 1e6:.3f} +- {t.merged.spread_ns / 2e6:.3f}",
+            f"{t.original.median_ns / 1e6:.3f} +- {t.original.spread_ns / 2e6:.3f}",
+            f"{t.original.median_ns / t.merged.median_ns:.3f}x",
         )
         for t in trials
     ]

@@ -19,9 +19,8 @@ from fxmerge.errors import InputError
 from fxmerge.measure.executors import Executor
 from fxmerge.measure.latency import baseline
 from fxmerge.measure.progress import Bars
-from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.scoring import Scorer
-from fxmerge.measure.store import Store
+from fxmerge.measure.scoring import Scorer, fitter_of
+from fxmerge.measure.store import Store, opened
 from fxmerge.measure.timer import Timer
 from fxmerge.operators import Operators
 from fxmerge.result import Result
@@ -66,7 +65,8 @@ def compress(
         objective: what plans are ranked by: the sum of losses, or ``layermerge``, the published sum of exp(change).
         target: where and how the network will run; None for this CPU, the inputs' dtype.
         timer: what measures latency, of single modules and of the whole; None for :class:`fxmerge.InterleavedTimer`.
-        scorer: what measures importance; None for :class:`fxmerge.Reconstruction`, which fits the weights in any case.
+        scorer: what measures importance; None for :class:`fxmerge.Reconstruction`, which fits the weights in any case (the one in
+            ``scorer.fit``, where there is one).
         store: a file where every measurement is kept as it is made (:class:`fxmerge.Store`); a run that died goes on from there,
             and ``fxmerge solve`` makes other plans from it.
         executor: where importance is measured: here, in processes of this machine, on a Ray cluster.
@@ -86,10 +86,12 @@ def compress(
     """
     if objective not in get_args(Objective):
         raise InputError(f"objective must be one of {', '.join(get_args(Objective))}, found {objective!r}")
+    if exact and (speedup, fraction, latency_ms) != (None, None, None):
+        raise InputError("give exact=True, which takes whatever pays, or a budget; found both")
     asked = None if exact else asked_fraction(speedup, fraction, latency_ms)
     _check_search(tolerance, corrections)
     # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
-    with torch.inference_mode(False), Bars(progress) as bars:
+    with torch.inference_mode(False), opened(store) as kept, Bars(progress) as bars:
         found = survey(
             model,
             example_inputs,
@@ -99,7 +101,8 @@ def compress(
             target=target,
             timer=timer,
             scorer=scorer,
-            store=store,
+            objective=objective,
+            store=kept,
             executor=executor,
             operators=operators,
             bars=bars,
@@ -111,8 +114,7 @@ def compress(
                 plan, measured = search.best_exact()
             else:
                 tried = search.within(asked, latency_ms, corrections, bars("budget"))
-                fitter = scorer if isinstance(scorer, Reconstruction) else Reconstruction()
-                plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter, bars("fit"))
+                plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter_of(scorer), bars("fit"))
             return build(found, search.front, plan, weights, measured)
 
 

@@ -62,7 +62,16 @@ class MeasurementError(FxMergeError, RuntimeError):
 
 
 class WorkerError(FxMergeError, RuntimeError):
-    """Workers of an executor keep dying, or cannot be had; what they had finished is kept."""
+    """Workers of an executor keep dying, or cannot be had; what they had finished is kept.
+
+    Attributes:
+        done, left: how many tasks were finished, and how many were not.
+    """
+
+    def __init__(self, message: str, *, done: int, left: int) -> None:
+        super().__init__(message)
+        self.done = done
+        self.left = left
 
 
 class NothingToMergeError(FxMergeError, LookupError):
@@ -103,7 +112,15 @@ class PlanError(FxMergeError, ValueError):
 
 
 class StoreError(FxMergeError, OSError):
-    """A store cannot be opened, read or written: no such folder, read-only, a full disk, a damaged or foreign file."""
+    """A store cannot be opened, read or written: no such folder, read-only, a full disk, a damaged or foreign file.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class TableError(PlanError):

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch.fx import GraphModule
 
@@ -18,8 +17,8 @@ from fxmerge.core.table import Measurement
 from fxmerge.errors import BudgetError
 from fxmerge.measure.latency import baseline
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.store import Trial, digest
-from fxmerge.measure.timer import Timed, Timer, compare
+from fxmerge.measure.store import Trial
+from fxmerge.measure.timer import Progress, Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
@@ -70,8 +69,7 @@ class Search:
         original, found = (self.timer or compare)(modules, target=self.found.target)
         if self.found.kept is not None:
             store, study = self.found.kept
-            trial = Trial(plan.latency_ns or 0, original.median_ns, found.median_ns, plan.loss)
-            store.add_trial(study, digest(plan.to_json()), trial)
+            store.add_trial(study, Trial(plan, original, found))
         return original, found
 
     def best_exact(self) -> tuple[Plan, tuple[Measurement, Measurement]]:
@@ -80,12 +78,12 @@ class Search:
         measured = self.measure(plan)
         if measured[1].median_ns >= measured[0].median_ns and plan.merges:
             log.info("exact merges do not pay end to end here; the folded original is kept")
-            plan = Plan(plan.fingerprint, (), self.front.original_ns, 0.0)
+            plan = Plan(plan.fingerprint, (), self.front.original_ns, 0.0, self.front.objective)
             measured = self.measure(plan)
         return plan, measured
 
     def within(
-        self, fraction: float | None, latency_ms: float | None, corrections: int, progress: Any
+        self, fraction: float | None, latency_ms: float | None, corrections: int, progress: Progress
     ) -> tuple[Plan, tuple[Measurement, Measurement]]:
         """Pick, build, measure; correct the budget by what measuring says; until measured and asked agree.
 
@@ -122,7 +120,7 @@ class Search:
         fraction: float | None,
         latency_ms: float | None,
         scorer: Reconstruction,
-        progress: Any,
+        progress: Progress,
         trials: int = 5,
     ) -> tuple[Plan, tuple[Measurement, Measurement], dict[str, Affine]]:
         """Of the plans that should take as long as the one found, the one whose whole merged network is nearest to the original.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -27,6 +27,9 @@ from fxmerge.measure.scoring import Scorer, score
 from fxmerge.measure.store import Store, Study
 from fxmerge.measure.timer import Timer
 from fxmerge.operators import Map, Operators
+from fxmerge.solve.objective import Objective
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,8 @@ def survey(
     target: Target | None = None,
     timer: Timer | None = None,
     scorer: Scorer | None = None,
-    store: Store | str | os.PathLike[str] | None = None,
+    objective: Objective = "additive-loss",
+    store: Store | None = None,
     executor: Executor | Literal["local", "processes", "ray"] = "local",
     operators: Operators | None = None,
     bars: Bars | None = None,
@@ -83,6 +87,7 @@ def survey(
     """Trace a model, find what can be merged, and measure what that takes and costs.
 
     Args:
+        store: open, and left so.
         bars: where progress is shown; None for nowhere.
 
     The others are those of :func:`fxmerge.compress`, and so is what is raised.
@@ -90,6 +95,10 @@ def survey(
     arguments = as_arguments(example_inputs)
     target = _target(target, arguments)
     space = _space("exact" if exact else space)
+    runs_on = as_executor(executor)
+    log.info(
+        "importance is measured by %s, %d tasks at a time", runs_on, runs_on.workers
+    )  # a cluster that is not there is told now
     bars = bars or Bars(False)
     # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
     with torch.inference_mode(False), own_random_numbers(target):
@@ -97,8 +106,7 @@ def survey(
         batches = () if exact else _calibration(calibration, graph)
         findings = find_segments(graph, operators=operators)
         offered = _offered(findings, space)
-        opened = store if store is None or isinstance(store, Store) else bars.closing(Store(store))
-        latency = measure_latency(findings, offered, arguments, target=target, timer=timer, store=opened, progress=bars("latency"))
+        latency = measure_latency(findings, offered, arguments, target=target, timer=timer, store=store, progress=bars("latency"))
         proposals = worthwhile(offered, latency, findings.region)
         importance = score(
             findings,
@@ -106,12 +114,13 @@ def survey(
             batches,
             scorer=scorer or Reconstruction(),
             latency=latency,
-            store=opened,
-            executor=as_executor(executor),
+            store=store,
+            executor=runs_on,
+            objective=objective,
             progress=bars("importance"),
         )
         found = Survey(type(model).__name__, findings, proposals, batches, latency, importance, arguments, target)
-        return found if opened is None else replace(found, kept=(opened, opened.add_study(found.study)))
+        return found if store is None else replace(found, kept=(store, store.add_study(found.study)))
 
 
 def _space(space: Space | str) -> Space:
@@ -139,7 +148,7 @@ def _target(given: Target | None, arguments: tuple[Any, ...]) -> Target:
         raise InputError(f"target must be an fxmerge.Target, such as Target(device='cpu'), found {given!r}")
     first = next((a for a in arguments if isinstance(a, torch.Tensor)), torch.empty(0))
     floating = first.dtype if first.is_floating_point() else torch.float32
-    return Target(device=first.device.type, dtype=str(floating).removeprefix("torch."))
+    return Target(device=str(first.device), dtype=str(floating).removeprefix("torch."))
 
 
 def _calibration(calibration: Any, graph: GraphModule) -> tuple[Batch, ...]:

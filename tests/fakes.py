@@ -22,6 +22,7 @@ class PriceTimer:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.settings = "prices"
 
     def __call__(
         self, modules: Sequence[Timed], *, target: Target, progress: Callable[[int, int], None] | None = None

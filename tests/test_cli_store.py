@@ -16,6 +16,8 @@ import pytest
 import fxmerge
 from fxmerge.budget import budget_ns
 from fxmerge.cli import main
+from fxmerge.core.table import Measurement
+from fxmerge.measure.store import Trial
 from fxmerge.survey import survey
 from tests.fakes import PriceTimer
 from tests.test_cli import SMALL, folder  # noqa: F401
@@ -46,7 +48,8 @@ def test_the_front_is_printed_drawn_and_shows_what_was_measured(
     picture = tmp_path / "front.png"
     with fxmerge.Store(filled) as store:
         key = store.add_study(store.study())
-        store.add_trial(key, "plan", fxmerge.measure.store.Trial(1_000_000, 3_000_000, 1_500_000, 0.25))
+        original, merged = (Measurement(ns, 0, 3, fxmerge.Target()) for ns in (3_000_000, 1_500_000))
+        store.add_trial(key, Trial(fxmerge.Plan("print", (), 1_000_000, 0.25), original, merged))
     assert main(["front", str(filled), "--budget", "1.2x", "--plot", str(picture)]) == 0
     text = capsys.readouterr().out
     assert "Front: " in text
@@ -62,6 +65,7 @@ def test_the_front_is_printed_drawn_and_shows_what_was_measured(
         (["solve", "{}", "--budget", "120%"], "fraction must be above 0 and at most 1"),
         (["solve", "{}", "--budget", "0.000001ms"], "no plan runs in"),
         (["solve", "{}", "--budget", "2x", "--study", "9"], "holds no study 9"),
+        (["solve", "{}", "--budget", "2x", "--study", "99999999999999999999"], "too large"),
         (["solve", "{}.not", "--budget", "2x"], "no such file"),
         (["front", "{}", "--plot", "/nowhere/at/all.png"], "nowhere"),
         (["measure", "tests.small:network", "--store", "{}"], "give --data"),

@@ -190,6 +190,11 @@ def test_an_argument_that_is_no_tensor_is_measured_with() -> None:
     assert result.speedup > 0
 
 
+def test_exact_and_a_budget_are_two_wishes() -> None:
+    with pytest.raises(fxmerge.InputError, match="give exact=True, which takes whatever pays, or a budget; found both"):
+        fxmerge.compress(network(blocks=1), images(4), exact=True, speedup=2.0, timer=PriceTimer())
+
+
 def test_outputs_that_say_nothing_of_single_images_are_named() -> None:
     model = nn.Sequential(network(), nn.Softmax(0), nn.Flatten(0))
     with pytest.raises(fxmerge.InputError, match=r"each of the 16 images, .* Found output: float32 \(80,\)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fxmerge.core.plan import ParetoFront, Plan
@@ -33,6 +34,8 @@ def plot_front(
         InputError: matplotlib is not installed, or does not write such files.
         OSError: the file cannot be written.
     """
+    if not Path(path).suffix or Path(path).is_dir():
+        raise InputError(f"cannot draw into {os.fspath(path)!r}: give a file that ends in .png, .svg or .pdf")
     figure_type, canvas_type = _matplotlib()
     figure = figure_type(figsize=(7.0, 4.5), layout="constrained")
     canvas_type(figure)

@@ -187,7 +187,7 @@ class Importance:
     """What a candidate costs in quality.
 
     Args:
-        loss: how much worse the network gets when this segment alone is replaced; 0 is unharmed, never negative.
+        loss: how much worse the network gets when this segment alone is replaced; 0 is unharmed, negative is better.
         samples: how many images it was measured on.
         scorer: how it was measured.
     """

@@ -6,15 +6,18 @@ Here its nodes go as plain rows. This is for messages between processes of one p
 
 from __future__ import annotations
 
-import io
+import copy
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from fxmerge.errors import InputError
 from fxmerge.graph.meta import KEY, Facts, facts
 from fxmerge.graph.query import attribute
 
@@ -59,7 +62,7 @@ class Portable:
             args, kwargs = (
                 _mapped(value, lambda o: made[o.place] if isinstance(o, _Operand) else o) for value in (row.args, row.kwargs)
             )
-            node = graph.create_node(row.op, row.target, args, kwargs, row.name)
+            node = graph.create_node(row.op, found(row.target), args, kwargs, row.name)
             node.meta[KEY] = row.facts
             made.append(node)
         module = GraphModule(dict(self.parts), graph)
@@ -74,31 +77,62 @@ def pack(graph: GraphModule) -> Portable:
     """Take a graph apart; modules and tensors are shared with it until they are pickled."""
     place = {node: _Operand(index) for index, node in enumerate(graph.graph.nodes)}
     rows = tuple(
-        _Row(node.name, node.op, node.target, _placed(node.args, place), _placed(node.kwargs, place), facts(node))
+        _Row(node.name, node.op, named(node.target), _placed(node.args, place), _placed(node.kwargs, place), facts(node))
         for node in graph.graph.nodes
     )
     targets = {str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")}
     meta = {key: value for key, value in graph.meta.items() if isinstance(value, (str, int, bool, tuple, type(None)))}
-    return Portable(rows, {target: attribute(graph, target) for target in sorted(targets)}, meta, graph.training)
+    return Portable(rows, {target: _plain(attribute(graph, target)) for target in sorted(targets)}, meta, graph.training)
+
+
+def _plain(part: Any) -> Any:
+    """A part as it is; where weights are computed from others (weight norm), which cannot be pickled, a copy that has them."""
+    if not isinstance(part, nn.Module) or not any(map(is_parametrized, part.modules())):
+        return part
+    plain = copy.deepcopy(part)
+    for module in plain.modules():
+        for name in list(getattr(module, "parametrizations", ())):
+            remove_parametrizations(module, name, leave_parametrized=True)
+            module._load_state_dict_pre_hooks.clear()  # weight_norm's, a local function, which pickle refuses
+    return plain
 
 
 def message(value: object) -> bytes:
-    """A pickle of anything, torch's operators in it by their names: these say themselves that they cannot be pickled."""
-    stream = io.BytesIO()
-    _Pickler(stream).dump(value)
-    return stream.getvalue()
+    """A pickle of anything.
+
+    Raises:
+        InputError: something in it cannot be pickled.
+    """
+    try:
+        return pickle.dumps(value)
+    except Exception as fault:  # what pickle raises depends on what it met
+        raise InputError(
+            f"this cannot be sent to another process: {fault}. Functions and classes must be of a module, not local or lambdas"
+        ) from fault
 
 
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch._ops.OpOverload):
-            namespace, _, name = value._schema.name.partition("::")
-            return _overload, (namespace, name, value._overloadname)
-        return NotImplemented
+@dataclass(frozen=True, slots=True)
+class _Overload:
+    """One of torch's own operators, by name: they say themselves that they cannot be pickled."""
+
+    namespace: str
+    name: str
+    overload: str
 
 
-def _overload(namespace: str, name: str, overload: str) -> Any:
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+def named(target: Any) -> Any:
+    """What stands for a function in a pickle: itself, or the name of an operator of torch's."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+    namespace, _, name = target._schema.name.partition("::")
+    return _Overload(namespace, name, target._overloadname)
+
+
+def found(target: Any) -> Any:
+    """The function that :func:`named` named."""
+    if not isinstance(target, _Overload):
+        return target
+    return getattr(getattr(getattr(torch.ops, target.namespace), target.name), target.overload)
 
 
 def _placed(value: Any, place: Mapping[Node, _Operand]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxmerge.errors import InputError
+from fxmerge.graph.portable import message
 from fxmerge.graph.query import fingerprint
 
 
@@ -32,6 +35,20 @@ def data_digest(batches: Iterable[Any]) -> str:
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()[:32]
+
+
+def function_name(function: Any) -> str:
+    """What tells a function apart from others in a store: its name where it has one, else all that pickle knows of it.
+
+    A lambda, a local function, or an object that cannot be pickled is like no other, in no other run: nothing is kept for it.
+    """
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<>')}"
+    if not isinstance(function, type) and "<" not in name:
+        return name
+    try:
+        return f"{type(function).__qualname__} {hashlib.sha256(message(function)).hexdigest()[:32]}"
+    except InputError:
+        return f"{name} {uuid.uuid4()}"
 
 
 def _add(digest: Any, tensor: Tensor) -> None:

@@ -5,7 +5,8 @@ change of the quality on held-out data,
 
     importance = exp(quality after - quality of the original)
 
-Here a score is the loss, minus that change; ``objective="layermerge"`` of the solver takes the exponential.
+Here a score is the loss, minus that change, negative where the network gets better; ``objective="layermerge"`` of the solver takes
+the exponential of the change, sums of losses count what is negative as 0.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.core.table import Importance
 from fxmerge.errors import InputError
 from fxmerge.measure.calibration import Batch, images_in
-from fxmerge.measure.digests import data_digest
+from fxmerge.measure.digests import data_digest, function_name
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
@@ -45,7 +46,7 @@ class FineTuning:
         holdout: labelled batches that quality is measured on; read once and kept.
         steps: of stochastic gradient descent, one batch each; 0 for none.
         learning_rate, momentum, weight_decay: of it.
-        metric: ``accuracy``, the part of the hold-out that is classified rightly, or ``loss``.
+        metric: ``accuracy``, the part of the hold-out (of its pixels, where labels have such) that is right, or ``loss``.
         loss: (outputs, labels) -> a mean over the batch, of both training and metric.
         fit: what weights fitted candidates start from.
         seed: of whatever is random in training (dropout).
@@ -82,7 +83,7 @@ class FineTuning:
             f"{name}={getattr(self, name)!r}" for name in ("steps", "learning_rate", "momentum", "weight_decay", "metric", "seed")
         ]
         data = f"train={data_digest(self.train)} holdout={data_digest(self.holdout)}"
-        loss = f"{self.loss.__module__}.{getattr(self.loss, '__qualname__', repr(self.loss))}"
+        loss = function_name(self.loss)
         return f"fine-tuning {' '.join(numbers)} loss={loss} {data} fit=({self.fit.settings})"
 
     def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
@@ -92,7 +93,10 @@ class FineTuning:
     def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
         """What scores candidates; the quality of the original is measured here, once."""
         with torch.inference_mode(False):
-            before = self._quality(findings.graph)
+            try:
+                before = self._quality(findings.graph)
+            except Exception as fault:  # other people's network, data and loss
+                raise InputError(f"the hold-out cannot be judged by {self.metric}: {fault}") from fault
 
             def scoring(proposals: Sequence[Proposal]) -> dict[str, Importance]:
                 return {c.id: self._score(findings, c, batches, before) for p in proposals for c in p.candidates}
@@ -107,7 +111,7 @@ class FineTuning:
             after = self._quality(student)
         count = sum(images_in(_arguments(inputs)) for inputs, _ in self.holdout)
         lost = before - after if self.metric == "accuracy" else after - before
-        return Importance(min(max(0.0, lost), 1e6) if lost == lost else 1e6, count, "fine-tuning")
+        return Importance(max(-1e6, min(lost, 1e6)) if lost == lost else 1e6, count, "fine-tuning")
 
     def _train(self, student: GraphModule) -> None:
         student.train()
@@ -127,9 +131,9 @@ class FineTuning:
             images = images_in(_arguments(inputs))
             outputs = network(*_arguments(inputs))
             if self.metric == "accuracy":
-                total += float((outputs.argmax(1) == labels).sum())
+                total += (outputs.argmax(1) == labels).double().mean().item() * images
             else:
-                total += float(self.loss(outputs, labels)) * images
+                total += self.loss(outputs, labels).item() * images
             count += images
         return total / count
 

@@ -30,7 +30,7 @@ from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.store import Store, place_of
-from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, versions
+from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, alone_on, versions
 from fxmerge.operators import Operators, default_operators, is_linear, write_map
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
@@ -62,7 +62,8 @@ def measure_latency(
         example_inputs: a tensor, or the tuple of arguments, of the batch and image size to measure for: those of the trace.
         target: device, dtype, layout, back end, threads; None for the CPU as it is.
         timer: what measures, single modules and the whole; None for :class:`InterleavedTimer`.
-        store: where measurements are written as they come; what it holds is not measured again.
+        store: where measurements are written as they come; what it holds is not measured again. On a machine whose speed drifts,
+            parts measured on another day, or for another network, fit the whole less well than those timed in turn with it.
         progress: called with (done, total) measurements.
 
     Returns:
@@ -76,8 +77,11 @@ def measure_latency(
         for candidate in proposal.candidates:
             candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, proposal.segment.expression.sides))
     units: dict[str, str] = {}
+    replaceable = {name for proposal in proposals for name in proposal.segment.nodes}
     for unit, nodes in _units(folded, findings.region):
-        units[unit.end] = _enter(work, *extract(folded, nodes))
+        part, shapes = extract(folded, nodes)
+        if replaceable.issuperset(unit.nodes) or _runs_alone(part, shapes):
+            units[unit.end] = _enter(work, part, shapes)
     # The whole is timed in turn with its parts: a machine that is slow just then is so for both.
     whole = Timed(baseline(findings.graph, operators=findings.operators), as_arguments(example_inputs), thorough=True)
     parts = {_whole_key(whole): whole} | {key: timed for key, timed in work.items() if timed is not None}
@@ -93,7 +97,23 @@ def _timed(
     """A measurement for each part, by its key; those that the store holds are taken from it."""
     if store is None:
         return dict(zip(parts, timer(list(parts.values()), target=target, progress=progress), strict=True)) if parts else {}
-    place = place_of(target, versions(target))
+    settings = getattr(timer, "settings", None)
+    if not isinstance(settings, str):
+        raise InputError(f"{type(timer).__name__} has no text `settings` to keep its measurements under: give it one, or no store")
+    place = place_of(target, versions(target), settings)
+    with alone_on(target.device):  # another process may be measuring just these
+        return _missing_timed(parts, timer, target, store, place, progress)
+
+
+def _missing_timed(
+    parts: Mapping[str, Timed],
+    timer: Timer,
+    target: Target,
+    store: Store,
+    place: str,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Measurement]:
+    """What the store holds, and what is measured now and written to it."""
     found = store.latencies(place, target, list(parts))
     missing = [key for key in parts if key not in found]
     # All are timed in turn, their samples written round by round; a timer that keeps no log gets a few at a time.
@@ -105,7 +125,7 @@ def _timed(
         measured = logging([parts[key] for key in some], target=target, progress=_shifted(progress, start, len(missing), logs))
         for key, measurement in zip(some, measured, strict=True):
             store.add_latency(place, key, measurement)
-    return store.latencies(place, target, list(parts))  # another process may have been first
+    return store.latencies(place, target, list(parts))
 
 
 _AT_A_TIME = 16
@@ -168,7 +188,7 @@ def _candidate_module(
     if candidate.kind != "identity":
         added = [named for name in sides if (named := node_named(graph, name)) is not None]
         linear = not added and is_linear(candidate.geometry, before, after)
-        modules["convolution"] = convolution(candidate.geometry, linear=linear, device="cpu")
+        modules["convolution"] = convolution(candidate.geometry, bias=candidate.geometry.bias, linear=linear, device="cpu")
         terms = []
         for number, side in enumerate(added):
             shapes.append(shape_after(side))
@@ -220,6 +240,16 @@ def _units(graph: GraphModule, region: Unit) -> Iterator[tuple[Unit, list[Node]]
         nodes = [named[name] for name in unit.nodes if name in named and named[name].op.startswith("call_")]
         if nodes:
             yield unit, nodes
+
+
+def _runs_alone(part: GraphModule, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a unit that no candidate touches can be run on noise; one that wants indices or numbers stays in the remainder."""
+    try:
+        with torch.no_grad():
+            part(*map(torch.zeros, shapes))
+    except Exception:  # other people's layers
+        return False
+    return True
 
 
 def worthwhile(proposals: Sequence[Proposal], table: LatencyTable, region: Unit) -> tuple[Proposal, ...]:

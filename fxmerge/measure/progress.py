@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
-
-Closing = TypeVar("Closing")
 
 
 class Bars:
@@ -21,19 +19,13 @@ class Bars:
     def __init__(self, show: bool) -> None:
         self.show = show
         self._bars: list[Any] = []
-        self._closing: list[Any] = []
 
     def __enter__(self) -> Bars:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for thing in (*self._bars, *self._closing):
-            thing.close()
-
-    def closing(self, thing: Closing) -> Closing:
-        """Close this, too, at the end; gives it back."""
-        self._closing.append(thing)
-        return thing
+        for bar in self._bars:
+            bar.close()
 
     def __call__(self, stage: str) -> Callable[[int, int], None]:
         """A callback (done, total) for one stage."""

@@ -32,6 +32,7 @@ from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import node_named
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
+from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.operators import read_maps
@@ -70,9 +71,8 @@ class Reconstruction:
 
     @property
     def settings(self) -> str:
-        """All options that decide a score; a divergence of one's own counts by its name."""
-        measure = self.divergence or divergence
-        name = f"{getattr(measure, '__module__', '')}.{getattr(measure, '__qualname__', repr(measure))}"
+        """All options that decide a score."""
+        name = function_name(self.divergence or divergence)
         numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("divergence", "coarse_images")]
         return f"reconstruction divergence={name} {' '.join(numbers)}"
 

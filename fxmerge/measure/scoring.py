@@ -7,20 +7,27 @@ scored on few images, and only those that some good plan could want on all.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.segment import Proposal
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable
+from fxmerge.errors import InputError
 from fxmerge.measure.calibration import Batch, as_batches
 from fxmerge.measure.digests import data_digest, network_digest
-from fxmerge.measure.executors import Executor, Local
+from fxmerge.measure.executors import Executor, ExecutorName, as_executor
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.measure.screening import wanted
 from fxmerge.measure.store import Store, Subject, key_of
+from fxmerge.solve.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +59,19 @@ class Coarse(Protocol):
         """Itself on fewer images, to tell which candidates matter; None where that would not be less."""
 
 
+def _check_protocol(scorer: object, executor: object) -> None:
+    if not all(hasattr(scorer, name) for name in ("settings", "tasks", "prepare")):
+        raise InputError(f"scorer must be a Scorer, such as fxmerge.Reconstruction(), found {scorer!r:.80}")
+    if not all(hasattr(executor, name) for name in ("workers", "run")):
+        raise InputError(f"executor must be an Executor, such as fxmerge.Processes(), found {executor!r:.80}")
+
+
+def fitter_of(scorer: Scorer | None) -> Reconstruction:
+    """What fits weights beside a scorer: itself, the one that it holds as ``fit``, or the default."""
+    held = getattr(scorer, "fit", None)
+    return next((s for s in (scorer, held) if isinstance(s, Reconstruction)), Reconstruction())
+
+
 def measure_importance(
     findings: Findings,
     proposals: Sequence[Proposal],
@@ -60,7 +80,8 @@ def measure_importance(
     scorer: Scorer | None = None,
     latency: LatencyTable | None = None,
     store: Store | None = None,
-    executor: Executor | None = None,
+    executor: Executor | ExecutorName | None = None,
+    objective: Objective = "additive-loss",
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceTable:
     """The importance of every candidate.
@@ -74,6 +95,7 @@ def measure_importance(
             only; the table says of each on how many.
         store: where scores are written as they come; what it holds is not scored again.
         executor: where the work runs; None for here.
+        objective: what plans will be ranked by; with ``latency``, it decides which candidates are wanted.
         progress: called with (done, total) candidates.
 
     Returns:
@@ -92,6 +114,7 @@ def measure_importance(
         latency=latency,
         store=store,
         executor=executor,
+        objective=objective,
         progress=progress,
     )
 
@@ -104,17 +127,20 @@ def score(
     scorer: Scorer,
     latency: LatencyTable | None = None,
     store: Store | None = None,
-    executor: Executor | None = None,
+    executor: Executor | ExecutorName | None = None,
+    objective: Objective = "additive-loss",
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceTable:
     """:func:`measure_importance` on batches that are ready."""
-    work = _Work(findings, batches, store, executor or Local(), progress or (lambda done, total: None))
+    executor = as_executor(executor or "local")
+    _check_protocol(scorer, executor)
+    work = _Work(findings, batches, store, executor, progress or (lambda done, total: None))
     coarse = scorer.coarse() if latency is not None and isinstance(scorer, Coarse) else None
     if coarse is None or latency is None:
         return ImportanceTable(work.scores(scorer, proposals, 0, _count(proposals)))
     # The bar shows the first round as the first half: how many there will be in the second is not known before.
     first = work.scores(coarse, proposals, 0, 2 * _count(proposals))
-    kept = wanted(findings.region, proposals, latency, ImportanceTable(first), findings.fingerprint)
+    kept = wanted(findings.region, proposals, latency, ImportanceTable(first), findings.fingerprint, objective)
     chosen = [Proposal(p.segment, some) for p in proposals if (some := tuple(c for c in p.candidates if c.id in kept))]
     log.info("%d of %d candidates are scored on all images", _count(chosen), _count(proposals))
     second = work.scores(scorer, chosen, _count(proposals), _count(proposals) + _count(chosen))
@@ -140,8 +166,12 @@ class _Job:
     findings: Findings
     batches: Sequence[Batch]
 
-    def prepare(self) -> Callable[[_Task], Scores]:
-        scoring = self.scorer.prepare(self.findings, self.batches)
+    def prepare(self, device: str = "") -> Callable[[_Task], Scores]:
+        batches = self.batches
+        if device:  # in a worker, which has copies of its own
+            self.findings.graph.to(device)
+            batches = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batches)
+        scoring = self.scorer.prepare(self.findings, batches)
         return lambda task: scoring(task.proposals)
 
 
@@ -155,7 +185,8 @@ class _Work:
 
     def scores(self, scorer: Scorer, proposals: Sequence[Proposal], before: int, total: int) -> dict[str, Importance]:
         """What the store holds, and what is scored now, in the order of the candidates."""
-        held, subject = self._held(scorer, proposals)
+        subject = self._subject(scorer)
+        held = self._held(subject, proposals)
         left = [Proposal(p.segment, some) for p in proposals if (some := tuple(c for c in p.candidates if c.id not in held))]
         exact = {c.id: Importance(0.0, 0, "exact") for p in left for c in p.candidates if c.exact}
         left = [Proposal(p.segment, some) for p in left if (some := tuple(c for c in p.candidates if not c.exact))]
@@ -163,21 +194,43 @@ class _Work:
         tasks = [_Task(tuple(task)) for task in scorer.tasks(self.findings, left, 4 * self.executor.workers)] if left else []
         done = before + len(found)
         self.progress(done, total)
-        for number, scores in self.executor.run(_Job(scorer, self.findings, self.batches), tasks) if tasks else ():
-            if self.store is not None and subject is not None:
+        with contextlib.closing(self._run(scorer, tasks)) as results:
+            for number, scores in results:
                 keys = {c.id: key_of(c) for p in tasks[number].proposals for c in p.candidates}
-                self.store.add_importances(subject, {keys[name]: importance for name, importance in scores.items()})
-            found.update(scores)
-            done += _count(tasks[number].proposals)
-            self.progress(done, total)
-        if self.store is not None:  # another process may have been first
-            found.update(self._held(scorer, proposals)[0])
+                _check(scores, keys, scorer)
+                if self.store is not None and subject is not None:
+                    self.store.add_importances(subject, {keys[name]: importance for name, importance in scores.items()})
+                found.update(scores)
+                done += _count(tasks[number].proposals)
+                self.progress(done, total)
+        found.update(self._held(subject, proposals))  # another process may have been first
         return {c.id: found[c.id] for p in proposals for c in p.candidates if c.id in found}
 
-    def _held(self, scorer: Scorer, proposals: Sequence[Proposal]) -> tuple[dict[str, Importance], Subject | None]:
+    def _run(self, scorer: Scorer, tasks: Sequence[_Task]) -> Generator[tuple[int, Scores], None, None]:
+        if tasks:
+            yield from self.executor.run(_Job(scorer, self.findings, self.batches), tasks)
+
+    def _subject(self, scorer: Scorer) -> Subject | None:
         if self.store is None:
-            return {}, None
-        subject = Subject(network_digest(self.findings.graph), data_digest(self.batches), scorer.settings)
+            return None
+        return Subject(network_digest(self.findings.graph), data_digest(self.batches), scorer.settings)
+
+    def _held(self, subject: Subject | None, proposals: Sequence[Proposal]) -> dict[str, Importance]:
+        if self.store is None or subject is None:
+            return {}
         held = self.store.importances(subject)
         keys = {c.id: key_of(c) for p in proposals for c in p.candidates}
-        return {name: held[key] for name, key in keys.items() if key in held}, subject
+        return {name: held[key] for name, key in keys.items() if key in held}
+
+
+def _check(scores: Scores, asked: Mapping[str, str], scorer: Scorer) -> None:
+    """What a scorer gives is of just the candidates that it was asked about, and finite numbers."""
+    if not isinstance(scores, Mapping) or scores.keys() != asked.keys():
+        raise InputError(
+            f"the scorer {scorer.settings:.60} must give a score for each of {', '.join(asked)}; it gave {scores!r:.200}"
+        )
+    for name, importance in scores.items():
+        if not isinstance(importance, Importance) or not math.isfinite(importance.loss):
+            raise InputError(
+                f"the scorer {scorer.settings:.60} gave {importance!r} for {name!r}: expected an Importance of finite loss"
+            )

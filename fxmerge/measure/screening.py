@@ -21,6 +21,7 @@ from fxmerge.core.region import Unit
 from fxmerge.core.segment import Proposal
 from fxmerge.core.table import ImportanceTable, LatencyTable
 from fxmerge.solve.frontier import solve
+from fxmerge.solve.objective import Objective
 
 SIGMA = 0.5
 DRAWS = 24
@@ -34,6 +35,7 @@ def wanted(
     latency: LatencyTable,
     rough: ImportanceTable,
     fingerprint: str,
+    objective: Objective = "additive-loss",
     *,
     sigma: float = SIGMA,
     draws: int = DRAWS,
@@ -47,6 +49,7 @@ def wanted(
         proposals: what was offered.
         latency, rough: the tables.
         fingerprint: of the graph.
+        objective: what plans are ranked by.
         sigma: how far off the rough losses are, as a standard deviation of their logarithm.
         draws: tables to solve, the rough one itself among them.
         most_loss: plans of more predicted loss than this count for nothing, but for the least that a front has.
@@ -54,6 +57,7 @@ def wanted(
     """
     known = [c for p in proposals for c in p.candidates if c.id in latency.candidates and c.id in rough.candidates]
     losses = np.array([rough.loss(c.id) for c in known])
+    losses = np.maximum(losses, 0.0) if objective == "additive-loss" else losses
     generator = np.random.default_rng(seed)
     chosen: set[str] = set()
     for draw in range(draws):
@@ -67,6 +71,7 @@ def wanted(
             remainder_ns=latency.remainder_ns,
             original_ns=latency.network.median_ns,
             fingerprint=fingerprint,
+            objective=objective,
             max_points=1024,
         )
         chosen.update(candidate.id for point in _looked_at(front, most_loss) for candidate in front.plan(point).merges)

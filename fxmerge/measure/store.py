@@ -4,7 +4,7 @@ One SQLite file in WAL mode. A row is written once, in a transaction of its own,
 every row that was written is there, and none is half there. Two processes may fill one file; of two measurements of one thing the
 first to arrive stays, and both read that one. What a row is keyed by is what determines it:
 
-    latency      the work (operations, settings, sizes), the target, the processor or GPU, torch's version, the threads
+    latency      the work (operations, settings, sizes), the target, the processor or GPU, torch's version, the threads, the timer
     importance   the network with its weights, the calibration data, the scorer with its settings, the candidate
 
 so that latencies of equal geometries are shared by all networks, and nothing is taken for something else.
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fxmerge.core.plan import Plan
 from fxmerge.core.region import Unit
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable, Measurement, Target
@@ -44,9 +45,7 @@ CREATE TABLE importance (
     at REAL NOT NULL, PRIMARY KEY (subject, candidate)) WITHOUT ROWID;
 CREATE TABLE study (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, content TEXT NOT NULL, at REAL NOT NULL);
-CREATE TABLE trial (
-    study TEXT NOT NULL, plan TEXT NOT NULL, predicted_ns INTEGER NOT NULL, original_ns INTEGER NOT NULL,
-    merged_ns INTEGER NOT NULL, loss REAL NOT NULL, at REAL NOT NULL);
+CREATE TABLE trial (study TEXT NOT NULL, content TEXT NOT NULL, at REAL NOT NULL);
 """
 
 
@@ -91,12 +90,17 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A plan of a study that was built and timed beside the original, end to end."""
+    """A plan of a study that was built and timed, end to end.
 
-    predicted_ns: int
-    original_ns: int
-    merged_ns: int
-    loss: float
+    Args:
+        plan: with its predicted latency, loss and objective.
+        original: the folded original, timed in turn with
+        merged: the merged network.
+    """
+
+    plan: Plan
+    original: Measurement
+    merged: Measurement
 
 
 class Store:
@@ -163,7 +167,7 @@ class Store:
         key = (place, digest(work))
         with self._writing() as connection:
             connection.execute(
-                "INSERT OR IGNORE INTO latency VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO latency VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 (
                     *key,
                     work,
@@ -188,7 +192,7 @@ class Store:
         """Write (number, nanoseconds) for each work, all or none."""
         rows = [(place, digest(work), number, ns) for work, (number, ns) in samples.items()]
         with self._writing() as connection:
-            connection.executemany("INSERT OR IGNORE INTO sample VALUES (?, ?, ?, ?)", rows)
+            connection.executemany("INSERT INTO sample VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows)
 
     # -- importance ---------------------------------------------------------------------------------------------------
 
@@ -205,12 +209,12 @@ class Store:
         now, whose = time.time(), subject.digest
         rows = [(whose, key, float(score.loss), score.samples, score.scorer, now) for key, score in scores.items()]
         with self._writing() as connection:
-            connection.executemany("INSERT OR IGNORE INTO importance VALUES (?, ?, ?, ?, ?, ?)", rows)
+            connection.executemany("INSERT INTO importance VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", rows)
 
     # -- studies ------------------------------------------------------------------------------------------------------
 
     def add_study(self, study: Study) -> str:
-        """Write a study; returns its digest. The same study twice is one."""
+        """Write a study; returns its digest. The same study twice is one, and the latest."""
         content = {
             "format": FORMAT,
             "fingerprint": study.fingerprint,
@@ -222,7 +226,8 @@ class Store:
         key = digest([study.name, content])
         with self._writing() as connection:
             connection.execute(
-                "INSERT OR IGNORE INTO study (digest, name, content, at) VALUES (?, ?, ?, ?)",
+                "INSERT INTO study (digest, name, content, at) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (digest) DO UPDATE SET at = excluded.at",
                 (key, study.name, _json(content), time.time()),
             )
         return key
@@ -239,51 +244,61 @@ class Store:
             StoreError: there is none, or its text is damaged.
         """
         with self._blame():
-            row = self._connection.execute(
-                "SELECT name, content FROM study WHERE id = coalesce(?, (SELECT max(id) FROM study))", (number,)
-            ).fetchone()
+            row = self._connection.execute(f"SELECT name, content FROM study WHERE id = {_WHICH}", (number,)).fetchone()
         if row is None:
             held = ", ".join(f"{n} ({name})" for n, name in self.studies()) or "none; fill it with `fxmerge measure`"
-            raise StoreError(f"{self.path} holds no study{'' if number is None else f' {number}'}; it holds {held}")
+            raise StoreError(
+                f"{self.path} holds no study{'' if number is None else f' {number}'}; it holds {held}", path=str(self.path)
+            )
         try:
             return _study(row[0], self._mapping(row[1]))
-        except (KeyError, TypeError, ValueError) as fault:
-            raise StoreError(f"{self.path} is damaged: a study in it cannot be read ({fault}). Measure again.") from fault
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            raise StoreError(
+                f"{self.path} is damaged: a study in it cannot be read ({fault}). Measure again.", path=str(self.path)
+            ) from fault
 
-    def add_trial(self, study: str, plan: str, trial: Trial) -> None:
-        """Write what a plan (a digest) of a study (a digest) was predicted and measured to take."""
+    def add_trial(self, study: str, trial: Trial) -> None:
+        """Write what a plan of a study (its digest) was predicted and measured to take."""
+        content = {"plan": trial.plan.to_json(), "original": trial.original.to_json(), "merged": trial.merged.to_json()}
         with self._writing() as connection:
-            connection.execute(
-                "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (study, plan, trial.predicted_ns, trial.original_ns, trial.merged_ns, trial.loss, time.time()),
-            )
+            connection.execute("INSERT INTO trial VALUES (?, ?, ?)", (study, _json(content), time.time()))
 
     def trials(self, number: int | None = None) -> list[Trial]:
         """What was measured end to end of a study's plans; of the latest study's, without a number."""
         with self._blame():
             rows = self._connection.execute(
-                "SELECT predicted_ns, original_ns, merged_ns, loss FROM trial WHERE study = (SELECT digest FROM study WHERE id = "
-                "coalesce(?, (SELECT max(id) FROM study))) ORDER BY at",
-                (number,),
+                f"SELECT content FROM trial WHERE study = (SELECT digest FROM study WHERE id = {_WHICH}) ORDER BY at", (number,)
             ).fetchall()
-        return [Trial(*row) for row in rows]
+        try:
+            return [_trial(self._mapping(text)) for (text,) in rows]
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            raise StoreError(
+                f"{self.path} is damaged: a trial in it cannot be read ({fault}). Measure again.", path=str(self.path)
+            ) from fault
 
     # -- the file -----------------------------------------------------------------------------------------------------
 
     def _open(self, patience_s: float) -> sqlite3.Connection:
         if not self.path.parent.is_dir():
-            raise StoreError(f"no folder {self.path.parent} to keep {self.path.name} in")
+            raise StoreError(f"no folder {self.path.parent} to keep {self.path.name} in", path=str(self.path))
         if self.path.is_dir():
-            raise StoreError(f"{self.path} is a folder; give the name of a file")
+            raise StoreError(f"{self.path} is a folder; give the name of a file", path=str(self.path))
         self._refuse_strangers()
         if not self.read_only:
             return sqlite3.connect(self.path, timeout=patience_s, isolation_level=None)
         if not self.path.exists():
-            raise StoreError(f"no such file: {self.path}")
-        # Without a log beside it, a file of a folder that cannot be written to opens only as one that nobody changes.
-        logged = self.path.with_name(self.path.name + "-wal").exists()
-        uri = f"{self.path.resolve().as_uri()}?mode=ro{'' if logged else '&immutable=1'}"
-        return sqlite3.connect(uri, timeout=patience_s, isolation_level=None, uri=True)
+            raise StoreError(f"no such file: {self.path}", path=str(self.path))
+        uri = f"{self.path.resolve().as_uri()}?mode=ro"
+        connection = sqlite3.connect(uri, timeout=patience_s, isolation_level=None, uri=True)
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            # In a folder that cannot be written to, a file without a log beside it opens only as one that nobody changes.
+            connection.close()
+            if self.path.with_name(self.path.name + "-wal").exists():
+                raise
+            connection = sqlite3.connect(f"{uri}&immutable=1", timeout=patience_s, isolation_level=None, uri=True)
+        return connection
 
     def _refuse_strangers(self) -> None:
         """SQLite takes a file of a few bytes for an empty one, and would write over it."""
@@ -293,22 +308,18 @@ class Store:
         except FileNotFoundError:
             return
         except OSError as fault:
-            raise StoreError(f"{self.path} cannot be read: {fault.strerror}") from fault
+            raise StoreError(f"{self.path} cannot be read: {fault.strerror}", path=str(self.path)) from fault
         if head and head != _MAGIC:
-            raise StoreError(f"{self.path} is not a database. Give the name of a store, or of a file that is not there yet")
+            raise StoreError(
+                f"{self.path} is not a database. Give the name of a store, or of a file that is not there yet", path=str(self.path)
+            )
 
     def _check(self) -> None:
+        """Whose file it is, and of which format; make the tables in an empty one."""
         connection = self._connection
-        application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if application != _APPLICATION and (tables or self.read_only):
-            raise StoreError(f"{self.path} is a database of another program; give another file name")
-        if tables and version != FORMAT:
-            raise StoreError(f"{self.path} is a store of format {version}, this fxmerge reads {FORMAT}; give another file name")
         if self.read_only:
+            self._recognise()
             return
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("BEGIN IMMEDIATE")  # of two processes that find an empty file, one makes the tables
         try:
             if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -316,17 +327,35 @@ class Store:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {_APPLICATION}")
                 connection.execute(f"PRAGMA user_version = {FORMAT}")
+            self._recognise()
             connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    def _recognise(self) -> None:
+        if not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise StoreError(f"{self.path} is empty; fill it with `fxmerge measure`", path=str(self.path))
+        application, version = (
+            self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        if application != _APPLICATION:
+            raise StoreError(f"{self.path} is a database of another program; give another file name", path=str(self.path))
+        if version != FORMAT:
+            raise StoreError(
+                f"{self.path} is a store of format {version}, this fxmerge reads {FORMAT}; give another file name",
+                path=str(self.path),
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction: all of it or nothing."""
         with self._blame():
             if self.read_only:
-                raise StoreError(f"{self.path} was opened to be read only")
+                raise StoreError(f"{self.path} was opened to be read only", path=str(self.path))
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -340,20 +369,25 @@ class Store:
     def _blame(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as fault:
+        except (sqlite3.Error, OverflowError) as fault:
             advice = next((text for part, text in _ADVICE.items() if part in str(fault)), "")
-            raise StoreError(f"{self.path}: {fault}{advice}") from fault
+            raise StoreError(f"{self.path}: {fault!s:.120}{advice}", path=str(self.path)) from fault
 
     def _mapping(self, text: str) -> dict[str, Any]:
         try:
             value = json.loads(text)
         except (TypeError, ValueError, RecursionError) as fault:
-            raise StoreError(f"{self.path} is damaged: {fault}. Measure again into another file.") from fault
+            raise StoreError(f"{self.path} is damaged: {fault}. Measure again into another file.", path=str(self.path)) from fault
         if not isinstance(value, dict):
-            raise StoreError(f"{self.path} is damaged: expected an object, found {text!r:.80}. Measure again into another file.")
+            raise StoreError(
+                f"{self.path} is damaged: expected an object, found {text!r:.80}. Measure again into another file.",
+                path=str(self.path),
+            )
         return value
 
 
+#: A number, or where that is None the study that was written last.
+_WHICH = "coalesce(?, (SELECT id FROM study ORDER BY at DESC, id DESC LIMIT 1))"
 _MAGIC = b"SQLite format 3\0"
 _ADVICE: Mapping[str, str] = {
     "disk is full": ". What was written before is safe: make room and run the same again",
@@ -361,14 +395,25 @@ _ADVICE: Mapping[str, str] = {
     "unable to open": ". The file or its folder cannot be read or written: check its permissions",
     "locked": ". Another process has been writing for longer than patience_s: try again when it is done",
     "not a database": ". Give the name of a store, or of a file that is not there yet",
+    "Could not decode": ". The file is damaged: measure again into another one",
     "malformed": ". The file is damaged: measure again into another one",
     "disk I/O": ". Give a file on a local disk: network file systems cannot share it",
 }
 
 
-def place_of(target: Target, versions: Mapping[str, str]) -> str:
-    """The digest of where and how something is timed; the version of Python does not count."""
-    return digest([asdict(target), {name: value for name, value in versions.items() if name != "python"}])
+@contextmanager
+def opened(store: Store | str | os.PathLike[str] | None) -> Iterator[Store | None]:
+    """A store given open, and left so; or one that is opened here and closed at the end; or none."""
+    if store is None or isinstance(store, Store):
+        yield store
+        return
+    with Store(store) as made:
+        yield made
+
+
+def place_of(target: Target, versions: Mapping[str, str], timer: str = "") -> str:
+    """The digest of where and how something is timed, and by which timer; the version of Python does not count."""
+    return digest([asdict(target), {name: value for name, value in versions.items() if name != "python"}, timer])
 
 
 def key_of(candidate: Candidate) -> str:
@@ -391,3 +436,7 @@ def _study(name: str, data: Mapping[str, Any]) -> Study:
     latency, importance = LatencyTable.from_json(data["latency"]), ImportanceTable.from_json(data["importance"])
     candidates = tuple(Candidate.from_json(candidate) for candidate in data["candidates"])
     return Study(name, str(data["fingerprint"]), Unit.from_json(data["region"]), candidates, latency, importance)
+
+
+def _trial(data: Mapping[str, Any]) -> Trial:
+    return Trial(Plan.from_json(data["plan"]), Measurement.from_json(data["original"]), Measurement.from_json(data["merged"]))

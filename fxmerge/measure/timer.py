@@ -25,8 +25,8 @@ the cache together, come out up to a third too fast.
 from __future__ import annotations
 
 import copy
-import getpass
 import math
+import os
 import platform
 import statistics
 import tempfile
@@ -80,7 +80,10 @@ class SampleLog(Protocol):
 
 
 class Timer(Protocol):
-    """What measures: one measurement for each module, in the order given; ``progress(done, total)`` hears of it."""
+    """What measures: one measurement for each module, in the order given; ``progress(done, total)`` hears of it.
+
+    To fill a store it needs a property ``settings``, too: a text that says how it measures, under which its numbers are kept.
+    """
 
     def __call__(self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None) -> tuple[Measurement, ...]:
         """Time the modules on the target."""
@@ -132,12 +135,18 @@ class InterleavedTimer:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
+    @property
+    def settings(self) -> str:
+        """All that decides what is measured."""
+        names = ("rounds", "warmup", "min_seconds_per_sample", "max_runs_per_sample", "max_seconds_per_module", "steady_spread")
+        return f"interleaved {' '.join(f'{name}={getattr(self, name)}' for name in (*names, 'cuda_graphs'))}"
+
     def __call__(self, modules: Sequence[Timed], *, target: Target, progress: Progress | None = None) -> tuple[Measurement, ...]:
         """Time the modules; a step of progress is a warm-up, or a module's share of a round that is no extra one."""
         tell = progress or (lambda done, total: None)
         total = len(modules) * (1 + self.rounds)
         subjects: list[_Subject] = []
-        with _settings(target), _alone_on(target.device):
+        with _settings(target), alone_on(target.device):
             bench = _Bench(self, target, _noise(modules, target, self.seed))
             for index, timed in enumerate(modules):
                 subjects.append(bench.subject(index, timed))
@@ -371,12 +380,25 @@ def _settings(target: Target) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_on(device: str) -> Iterator[None]:
-    """Wait until no other timer of this user runs on this device of this machine, and keep others waiting."""
-    folder = Path(tempfile.gettempdir()) / f"fxmerge-{getpass.getuser()}"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / f"{device.replace(':', '-')}.lock"):
+def alone_on(device: str) -> Iterator[None]:
+    """Wait until no other timer of this user runs on this device of this machine, and keep others waiting.
+
+    Raises:
+        InputError: the file that they agree by cannot be made.
+    """
+    kind, _, index = device.partition(":")
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"fxmerge-{user}"
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{kind}-{index or 0}.lock", is_singleton=True)  # whoever holds it may take it again
+        lock.acquire()
+    except OSError as fault:
+        raise InputError(f"{folder}, by which timers wait for each other, cannot be used ({fault}): set TMPDIR") from fault
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _device(target: Target) -> torch.device:

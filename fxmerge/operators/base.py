@@ -20,6 +20,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Reason
 from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import facts
+from fxmerge.graph.portable import found, named
 from fxmerge.graph.query import data_operands, has_hooks, is_tensor, module_of, shared_modules
 
 
@@ -136,6 +137,9 @@ class Operators:
     modules: Mapping[type[nn.Module], Operator]
     functions: Mapping[object, Operator]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _table, (dict(self.modules), {named(function): operator for function, operator in self.functions.items()})
+
     def extended(
         self,
         *,
@@ -179,6 +183,11 @@ class Operators:
         if any(last) and not all(last) and not turns(node):
             return Opaque(Reason.LAYOUT, f"{_describe(site)} of tensors of two layouts")
         return operator.verdict(site)
+
+
+def _table(modules: Mapping[type[nn.Module], Operator], functions: Mapping[object, Operator]) -> Operators:
+    """A table in another process."""
+    return Operators(modules, {found(function): operator for function, operator in functions.items()})
 
 
 def _describe(site: Site) -> str:

@@ -225,7 +225,7 @@ def solve_tables(
     Args:
         root, candidates, fingerprint, objective, second, max_points: as for :func:`solve`.
         latency: of candidates, units left alone, and the whole.
-        importance: of candidates.
+        importance: of candidates; what is negative counts as 0 in a sum of losses.
         space: ``joint`` offers all; ``activations`` and ``layers`` are baselines, see :mod:`fxmerge.solve.space`.
 
     Raises:
@@ -237,7 +237,7 @@ def solve_tables(
         root,
         known,
         [latency.candidate_ns(c.id) for c in known],
-        [importance.loss(c.id) for c in known],
+        [max(0.0, loss) if objective == "additive-loss" else loss for loss in (importance.loss(c.id) for c in known)],
         units_ns={end: latency.unit_ns(end) for end in latency.units},
         remainder_ns=latency.remainder_ns,
         original_ns=latency.network.median_ns,

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.utils.parametrizations import weight_norm
 
 import fxmerge
 from fxmerge.errors import BudgetError, InputError, NotFiniteError, WorkerError
@@ -30,7 +32,7 @@ class Squares:
     times: int = 0
     seconds: float = 0.0
 
-    def prepare(self) -> Callable[[int], int]:
+    def prepare(self, device: str = "") -> Callable[[int], int]:
         return self._square
 
     def _square(self, number: int) -> int:
@@ -73,6 +75,49 @@ def test_workers_that_keep_dying_are_given_up_and_errors_and_warnings_come_throu
     assert caught.value.where == "layer1"
     with pytest.warns(UserWarning, match="two is odd here"):
         assert list(Processes(workers=1).run(Squares(str(tmp_path / "diary")), [-2])) == [(0, 4)]
+
+
+@dataclass(frozen=True)
+class Unprepared:
+    """A job that cannot be prepared: it complains, or its worker dies before it has read all of it."""
+
+    deadly: bool
+    load: bytes = bytes(1 << 20)
+
+    def prepare(self, device: str = "") -> Callable[[int], int]:
+        raise NotFiniteError("no weights", where="layer2")
+
+    def __setstate__(self, state: Any) -> None:
+        if state[0] if isinstance(state, list) else state["deadly"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.__dict__.update(state)
+
+
+def test_what_fails_before_the_first_task_is_told_as_it_is() -> None:
+    with pytest.raises(NotFiniteError, match="no weights"):
+        list(Processes(workers=1).run(Unprepared(deadly=False), [1, 2]))
+
+
+def test_workers_that_die_at_the_start_do_not_hang_the_one_that_waits() -> None:
+    with pytest.raises(WorkerError, match="died 1 times in a row, with 2 of 2 tasks to do.*__main__") as caught:
+        list(Processes(workers=1, attempts=1).run(Unprepared(deadly=True), [1, 2]))
+    assert (caught.value.done, caught.value.left) == (0, 2)
+
+
+def test_parametrized_layers_go_to_other_processes_with_their_weights() -> None:
+    model = network(blocks=1)
+    weight_norm(model[0])
+    findings = fxmerge.find_segments(fxmerge.trace(model, images(4)))
+    there = pickle.loads(message(findings))
+    assert torch.allclose(there.graph(images(2)), findings.graph(images(2)), rtol=1e-6, atol=1e-6)
+    assert "parametrizations" in str(dict(findings.graph.named_parameters()).keys())
+
+
+def test_what_cannot_be_sent_is_told() -> None:
+    findings = fxmerge.find_segments(fxmerge.trace(network(blocks=1), images(4)))
+    scorer = fxmerge.Custom("mine", lambda *_: 0.0)
+    with pytest.raises(InputError, match="cannot be sent to another process: .*not local or lambdas"):
+        fxmerge.measure_importance(findings, fxmerge.propose(findings), images(8), scorer=scorer, executor=Processes())
 
 
 def test_scores_from_processes_are_those_from_here() -> None:

@@ -32,7 +32,7 @@ def test_without_steps_the_published_scorer_tells_what_replacing_alone_costs(fou
         plan = fxmerge.Plan(findings.fingerprint, (candidate,))
         student = fxmerge.linearize(fxmerge.annotate(findings.graph, plan)).eval()
         after = sum(scorer.loss(student(x), y).item() for x, y in BATCHES) / 3
-        assert table.loss(candidate.id) == pytest.approx(max(0.0, after - before), rel=1e-4, abs=1e-6)
+        assert table.loss(candidate.id) == pytest.approx(after - before, rel=1e-4, abs=1e-6)
         assert table.candidates[candidate.id].samples == 96
 
 
@@ -69,6 +69,28 @@ def test_settings_tell_apart_what_gives_other_scores() -> None:
     ]
     assert len({scorer.settings for scorer in (base, *others)}) == 5
     assert dataclasses.replace(base).settings == base.settings
+
+
+def test_losses_that_differ_are_told_apart() -> None:
+    base = fxmerge.FineTuning(train=BATCHES, holdout=BATCHES)
+    losses = [
+        torch.nn.CrossEntropyLoss(),
+        torch.nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda a, b: a.sum(),
+        lambda a, b: b.sum(),
+    ]
+    assert len({dataclasses.replace(base, loss=loss).settings for loss in losses}) == 4
+    assert len({dataclasses.replace(base, loss=torch.nn.CrossEntropyLoss()).settings for _ in range(2)}) == 1
+    divergences = [lambda a, b: a.sum(), lambda a, b: b.sum(), None, divergence]
+    assert len({fxmerge.Reconstruction(divergence=one).settings for one in divergences}) == 3
+
+
+def test_a_holdout_that_does_not_fit_is_told(found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    for labels in (torch.arange(7), None):
+        scorer = fxmerge.FineTuning(train=[], holdout=[(images(8), labels)], steps=0)
+        with pytest.raises(InputError, match="the hold-out cannot be judged by accuracy"):
+            fxmerge.measure_importance(findings, proposals, images(8), scorer=scorer)
 
 
 def test_a_function_of_ones_own_sees_the_merged_network(found) -> None:  # type: ignore[no-untyped-def]

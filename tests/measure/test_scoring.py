@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,44 @@ def test_what_the_rough_front_takes_is_wanted_and_what_is_beaten_by_far_is_not(t
     table = ImportanceTable({**whole.candidates, **worse})
     kept = wanted(findings.region, proposals, latency, table, findings.fingerprint)
     assert not kept & ({c.id for c in proposal.candidates} - {best.id})
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda asked: {},
+        lambda asked: {"zz": Importance(0.0, 1, "mine")},
+        lambda asked: dict.fromkeys(asked, 0.5),
+        lambda asked: dict.fromkeys(asked, Importance(float("nan"), 1, "mine")),
+        lambda asked: None,
+    ],
+)
+def test_a_scorer_that_gives_nonsense_is_told_and_nothing_is_kept(tables, tmp_path: Path, give) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, _, _ = tables
+
+    class Nonsense:
+        settings = "nonsense"
+
+        def tasks(self, findings, proposals, at_least):  # type: ignore[no-untyped-def]
+            return [[proposal] for proposal in proposals]
+
+        def prepare(self, findings, batches):  # type: ignore[no-untyped-def]
+            return lambda proposals: give([c.id for p in proposals for c in p.candidates])
+
+    with fxmerge.Store(tmp_path / "tables.db") as store:
+        with pytest.raises(fxmerge.InputError, match="the scorer nonsense"):
+            fxmerge.measure_importance(findings, proposals, images(8), scorer=Nonsense(), store=store)
+        assert store._connection.execute("SELECT count(*) FROM importance").fetchone() == (0,)
+
+
+def test_what_is_no_scorer_or_executor_is_told(tables) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals, _, _ = tables
+    with pytest.raises(fxmerge.InputError, match="scorer must be a Scorer"):
+        fxmerge.measure_importance(findings, proposals, images(8), scorer="reconstruction")  # type: ignore[arg-type]
+    with pytest.raises(fxmerge.InputError, match="unknown executor 'cloud'"):
+        fxmerge.measure_importance(findings, proposals, images(8), executor="cloud")  # type: ignore[arg-type]
+    with pytest.raises(fxmerge.InputError, match="executor must be an Executor"):
+        fxmerge.measure_importance(findings, proposals, images(8), executor=5)  # type: ignore[arg-type]
 
 
 def test_candidates_too_large_for_the_memory_are_left_out_and_told(tables) -> None:  # type: ignore[no-untyped-def]

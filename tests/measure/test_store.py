@@ -28,6 +28,7 @@ from tests.small import images, network
 
 SUBJECT = Subject("network", "data", "scorer")
 TARGET = Target()
+TRIAL = Trial(fxmerge.Plan("print", (), 3, 0.5), Measurement(5, 1, 3, TARGET), Measurement(4, 1, 3, TARGET))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,38 @@ def test_latencies_of_equal_geometries_are_shared_between_networks(tmp_path: Pat
             assert asked <= (len(table.measurements) + 1 if blocks == 1 else len(table.measurements) // 2)
 
 
+def test_another_timer_measures_anew(tmp_path: Path, found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    timers = [PriceTimer(), PriceTimer(), PriceTimer()]
+    timers[2].settings = "other prices"
+    with Store(tmp_path / "tables.db") as store:
+        for timer in timers:
+            fxmerge.measure_latency(findings, proposals, images(4), timer=timer, store=store)
+        assert [bool(timer.asked) for timer in timers] == [True, False, True]
+        del timers[0].settings
+        with pytest.raises(fxmerge.InputError, match="PriceTimer has no text `settings`"):
+            fxmerge.measure_latency(findings, proposals, images(4), timer=timers[0], store=store)
+    quick, long = InterleavedTimer(rounds=3), InterleavedTimer(rounds=9)
+    assert quick.settings != long.settings
+    assert InterleavedTimer(rounds=3, seed=5).settings == quick.settings
+
+
+def test_the_latest_study_is_the_one_written_last(tmp_path: Path) -> None:
+    table = fxmerge.LatencyTable({}, {}, {}, Measurement(5, 1, 3, TARGET))
+    first, second = (Study(name, "print", Unit("", ()), (), table, fxmerge.ImportanceTable({})) for name in "ab")
+    with Store(tmp_path / "tables.db") as store:
+        for study in (first, second, first):
+            store.add_study(study)
+        assert store.study() == first
+        assert store.study(2) == second
+
+
+def test_an_empty_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(StoreError, match="is empty; fill it with `fxmerge measure`"):
+        Store(tmp_path / "empty", read_only=True)
+
+
 def test_every_row_is_under_what_determines_it(tmp_path: Path) -> None:
     measurement = Measurement(5, 1, 3, TARGET, {"torch": "2", "python": "3"})
     with Store(tmp_path / "tables.db") as store:
@@ -169,6 +202,7 @@ def test_every_row_is_under_what_determines_it(tmp_path: Path) -> None:
             place_of(Target(dtype="bfloat16"), {"torch": "2"}),
             place_of(TARGET, {"torch": "3"}),
             place_of(Target(threads=1), {"torch": "2"}),
+            place_of(TARGET, {"torch": "2"}, "another timer"),
         ):
             assert not store.latencies(other, TARGET, ["conv"])
         store.add_importances(SUBJECT, {"a": Importance(0.5, 8, "s")})
@@ -203,10 +237,10 @@ def test_a_study_gives_the_same_front_without_the_network(tmp_path: Path, found)
         key = store.add_study(study)
         assert store.add_study(study) == key
         assert store.studies() == [(1, "small")]
-        store.add_trial(key, "plan", Trial(3, 5, 4, 0.5))
+        store.add_trial(key, TRIAL)
     with Store(tmp_path / "tables.db", read_only=True) as store:
         read = store.study()
-        assert store.trials() == [Trial(3, 5, 4, 0.5)]
+        assert store.trials() == [TRIAL]
         with pytest.raises(StoreError, match="holds no study 7; it holds 1 \\(small\\)"):
             store.study(7)
     assert read == study
