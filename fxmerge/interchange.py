@@ -316,8 +316,8 @@ def _score(importance: ImportanceTable, candidate: Candidate) -> float:
     loss = importance.loss(candidate.id)
     if not abs(loss) <= _MOST_LOSS:
         raise InputError(
-            f"candidate {candidate.id!r} has a loss of {loss}; its importance, exp(-loss), is no number above 0 that a file can hold. "
-            "Leave it out."
+            f"candidate {candidate.id!r} has a loss of {loss}; its importance, exp(-loss), is no number above 0 that a file can "
+            "hold. Leave it out."
         )
     return math.exp(-loss)
 
