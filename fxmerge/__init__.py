@@ -14,13 +14,15 @@ The rooms, in the order in which they may import each other (those on one level 
     errors      one small tree of exceptions
     core        the nouns: geometry, expression, segment, region, table, plan; no torch.fx
     algebra     affine maps with their numbers; least squares; tensors only
-    graph       every torch.fx idiom, once: capture, one dialect (spelling, activations, modules, slices, names), query, edit
-    solve       tree + tables -> Pareto front; integers, no torch
+    graph       every torch.fx idiom, once: capture, one dialect (spelling, activations, modules, slices, layout, names), query, edit
+    solve       tree + tables -> Pareto front; integers, no torch      budget   what may remain, as people say it
     operators   what is known of each operator of torch: what it is, its numbers, how it runs without padding
     analysis    graph -> facts: cuts, segments, candidates, reports; edits nothing
     passes      graph -> graph, one per file; none changes its input
-    measure     latency, importance, weights from data      tune        the student trained
-    compress, search, result      the story, how its budget is met, its outcome
+    measure     latency, importance by scorers, weights from data; where it runs (executors) and is kept (store)
+    tune        the student trained
+    survey      from a model to its two tables      search      from tables and a budget to a plan that meets it, measured
+    compress, result              the story, its outcome
     saved, testing                students on disk; the proof      interchange     tables of others' format
     backend, cli, demo            the doors      data   images on disk, for the CLI
 """

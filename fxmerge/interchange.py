@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -125,6 +126,9 @@ def read_published(latency: str | os.PathLike[str], importance: str | os.PathLik
             if key not in other:
                 raise row.fault("st", f"{os.fspath(there)} has no row of the same st, end, ker, str, is_dw: {key}")
     low, high = min(st for st, *_ in times), max(end for _, end, *_ in times)
+    if high - low > len(times):
+        last = next(row for (_, end, *_), row in times.items() if end == high)
+        raise last.fault("end", f"{len(times)} rows cannot leave each of convolutions {low + 1} to {high} alone; each needs one")
     names = {place: f"conv{place}" for place in range(low, high + 1)}
     cuts = tuple(names.values())
     root = Unit("output", (), (Chain(cuts, tuple(Unit(name, (name,)) for name in cuts[1:])),))
@@ -137,7 +141,7 @@ def read_published(latency: str | os.PathLike[str], importance: str | os.PathLik
         milliseconds = row.read("time", _amount, "milliseconds, finite and from 0 on")
         score = scores[key].read("importance", _positive, "a finite number above 0")
         kept = _kept(scores[key], key)
-        nanoseconds, loss = math.ceil(milliseconds * 1e6), -math.log(score)
+        nanoseconds, loss = math.ceil(Decimal(repr(milliseconds)) * 1_000_000), -math.log(score)  # 1.234567 * 1e6 > 1234567
         if key[1] == key[0] + 1 and kept:
             units_ns[names[key[1]]], units_loss[names[key[1]]] = nanoseconds, loss
             continue
@@ -258,6 +262,7 @@ def write_published(
 
     That is: what the candidates replace lies in one chain of single convolutions, with no block around or inside; kernels,
     strides and paddings are square; candidates are composed, or identities. Importance is exp(-loss); 1 for layers left alone.
+    Times are those in the network, as the solver takes them: where parts take longer alone, the times measured by ``pace``.
 
     Args:
         findings, proposals: of the network; candidates missing from either table are left out.
@@ -282,13 +287,13 @@ def write_published(
         if isinstance(verdict, Map) and verdict.role == "convolution"
     }
     numbers, places = _numbered(chain, geometries, [candidate for candidate, _ in known], first)
-    entries: dict[Key, tuple[LatencyTable, str, tuple[int, ...], float]] = {}
+    entries: dict[Key, tuple[int, str, tuple[int, ...], float]] = {}
     for unit in chain.units:
         convolution = next((name for name in unit.nodes if name in geometries), None)
         if convolution in numbers and unit.end in latency.units:
             number = numbers[convolution]
             key = (number - 1, number, *_square(geometries[convolution], f"convolution {convolution!r}"))
-            entries[key] = (latency, latency.units[unit.end], (number,), 1.0)
+            entries[key] = (latency.unit_ns(unit.end), latency.units[unit.end], (number,), 1.0)
     for candidate, convolutions in known:
         key = _key(candidate, places)
         kept = tuple(numbers[name] for name in convolutions if name not in candidate.removed and candidate.kind != "identity")
@@ -296,14 +301,28 @@ def write_published(
             raise InputError(
                 f"candidate {candidate.id!r}: another row has the same st, end, ker, str, is_dw: {key}. Offer one of them."
             )
-        entries[key] = (latency, latency.candidates[candidate.id], kept, math.exp(-importance.loss(candidate.id)))
+        score = _score(importance, candidate)
+        entries[key] = (latency.candidate_ns(candidate.id), latency.candidates[candidate.id], kept, score)
     times, scores = [], []
-    for index, (key, (table, entry, kept, score)) in enumerate(sorted(entries.items())):
-        measured = table.measurements[entry]
-        times.append((index, *key, repr(measured.median_ns / 1e6), repr(measured.spread_ns / 1.349e6)))  # quartiles of a normal
+    for index, (key, (nanoseconds, entry, kept, score)) in enumerate(sorted(entries.items())):
+        spread_ns = latency.measurements[entry].spread_ns * latency.pace
+        times.append((index, *key, repr(nanoseconds / 1e6), repr(spread_ns / 1.349e6)))  # quartiles of a normal
         scores.append((index, *key, str(kept), repr(score)))
     write_csv(latency_path, LATENCY_COLUMNS, times)
     write_csv(importance_path, IMPORTANCE_COLUMNS, scores)
+
+
+def _score(importance: ImportanceTable, candidate: Candidate) -> float:
+    loss = importance.loss(candidate.id)
+    if not abs(loss) <= _MOST_LOSS:
+        raise InputError(
+            f"candidate {candidate.id!r} has a loss of {loss}; its importance, exp(-loss), is no number above 0 that a file can "
+            "hold. Leave it out."
+        )
+    return math.exp(-loss)
+
+
+_MOST_LOSS = 700.0  # exp(-loss) is a float of full precision up to 708
 
 
 def _the_chain(root: Unit, candidates: Sequence[Candidate]) -> Chain:

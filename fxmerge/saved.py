@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxmerge.core.files import replacing
 from fxmerge.core.plan import Plan
 from fxmerge.errors import PlanError, PlanMismatchError
 from fxmerge.graph.meta import origin
@@ -70,9 +71,8 @@ def save_student(
             "plan": plan.to_json(),
         }
     )
-    scratch = folder / (STUDENT + ".part")
-    save_file(tensors, scratch, metadata={"about": about, "sha256": _digest(about, tensors)})
-    scratch.replace(folder / STUDENT)
+    with replacing(folder / STUDENT) as scratch:
+        save_file(tensors, scratch, metadata={"about": about, "sha256": _digest(about, tensors)})
     plan.save(folder / PLAN)
     (folder / REPORT).write_text(report + "\n", encoding="utf-8")
 

@@ -1038,6 +1038,7 @@ _ON_CHANNELS_LAST = (
         _last_parameters,
         ("permute", "transpose", "contiguous"),
         result=_behind_last,
+        alias=True,
     ),
 )
 _POOLS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,18 @@ def test_a_damaged_file_is_told_by_line_and_column(
     assert (Path(told.value.path).name, told.value.line, told.value.column) == (f"{which}.csv", line, column)
 
 
+def test_an_end_that_no_network_has_is_told_at_once(tmp_path: Path) -> None:
+    times, scores = (edited(text, 5, "1,2,", "1,1000000000000,") for text in (TIMES, SCORES))
+    message = r"time\.csv, line 5, column end: 5 rows cannot leave each of convolutions 1 to 1000000000000 alone; each needs one"
+    with pytest.raises(TableError, match=message):
+        read_published(*put(tmp_path, times, scores))
+
+
+def test_times_are_whole_nanoseconds_as_they_were_written(tmp_path: Path) -> None:
+    assert math.ceil(1.000007 * 1e6) == 1_000_008
+    assert read_published(*put(tmp_path, edited(TIMES, 2, "1.5", "1.000007"))).units_ns["conv1"] == 1_000_007
+
+
 def test_a_file_that_is_no_text_or_empty_is_told(tmp_path: Path) -> None:
     files = put(tmp_path)
     files[0].write_bytes(b"\xff\xfe\x00")
@@ -194,6 +207,28 @@ def test_what_is_written_is_read_back_and_gives_the_same_front(first: int, tmp_p
     pairs = {row["conv_comb"] for row in rows if row["st"] == str(first - 1) and row["end"] == str(first + 1)}
     assert pairs == {f"({first}, {first + 1})", f"({first},)", f"({first + 1},)", "()"}
     assert list(itertools.islice(rows[0], 8)) == ["id", "st", "end", "ker", "str", "is_dw", "conv_comb", "importance"]
+
+
+def test_where_parts_take_longer_alone_the_front_is_that_of_what_they_take_in_the_network(tmp_path: Path) -> None:
+    findings, proposals, latency, importance = chain_of(*three())
+    latency = replace(latency, network=replace(latency.network, median_ns=latency.network.median_ns // 3))
+    assert latency.pace < 0.4
+    paths = tmp_path / "time.csv", tmp_path / "imp.csv"
+    write_published(findings, proposals, latency, importance, *paths)
+    ours = fxmerge.solve(findings.region, [c for p in proposals for c in p.candidates], latency, importance, "")
+    theirs = read_published(*paths)
+    outside = latency.network.median_ns - sum(theirs.units_ns.values())
+    assert [ns + outside for ns in theirs.solve(objective="additive-loss").latencies_ns] == list(ours.latencies_ns)
+
+
+@pytest.mark.parametrize("loss", [746.0, math.inf, math.nan])
+def test_a_loss_whose_importance_is_0_is_refused_and_nothing_is_written(loss: float, tmp_path: Path) -> None:
+    findings, proposals, latency, importance = chain_of(*three())
+    name = next(iter(importance.candidates))
+    worse = ImportanceTable({**importance.candidates, name: Importance(loss, 8, "x")})
+    with pytest.raises(InputError, match=rf"candidate '{name}' has a loss of {loss}; its importance, .* Leave it out"):
+        write_published(findings, proposals, latency, worse, tmp_path / "time.csv", tmp_path / "imp.csv")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_their_format_cannot_say_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

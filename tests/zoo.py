@@ -247,6 +247,14 @@ def concat_branches() -> nn.Module:
     return Net(forward, stem=conv(3, 4), bn=nn.BatchNorm2d(11), head=conv(11, 4), **layers)
 
 
+def difference() -> nn.Module:
+    def forward(s: Any, x: Any) -> Any:
+        x = F.relu(s.stem(x))
+        return F.relu(x - s.smooth(x))
+
+    return Net(forward, stem=conv(3, 4), smooth=conv(4, 4))
+
+
 def repvgg_block() -> nn.Module:
     return nn.Sequential(conv(3, 4), nn.ReLU(), RepVggBlock(4, 4, 1), RepVggBlock(4, 6, 2))
 
@@ -345,9 +353,9 @@ def upsampling_three_dimensions() -> nn.Module:
 _SPECIMENS = (
     nested_residual, projection_skip, option_a_skip, stride, dilation, groups, depthwise, inverted_residual, zero_pad_module,
     zero_pad_function, same_padding, non_square, no_bias, pre_activation, inplace_module, inplace_function, inplace_method,
-    overwritten_skip, activations, shared_module, tied_weights, second_user, concat_branches, repvgg_block, dropout,
-    one_channel, average_pool, slices, one_dimension, three_dimensions, decoder, parallel_upsampling, transposed_convolutions,
-    generator, upsampling_one_dimension, upsampling_three_dimensions,
+    overwritten_skip, activations, shared_module, tied_weights, second_user, concat_branches, difference, repvgg_block,
+    dropout, one_channel, average_pool, slices, one_dimension, three_dimensions, decoder, parallel_upsampling,
+    transposed_convolutions, generator, upsampling_one_dimension, upsampling_three_dimensions,
 )  # fmt: skip
 
 RESIDUALS: Mapping[str, Callable[[], nn.Module]] = {

@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 import fxmerge
-from benchmarks.zoo.blocks import blocks, found
+from benchmarks.zoo.blocks import Row, blocks, found
 from benchmarks.zoo.models import Entry
 from benchmarks.zoo.weights import mapped, outputs, randomise
-
-Row: TypeAlias = dict[str, Any]
 
 #: Largest difference allowed, over the largest value of the reference.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

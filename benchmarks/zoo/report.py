@@ -7,12 +7,10 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any, TypeAlias
 
+from benchmarks.zoo.blocks import Row
 from benchmarks.zoo.check import PLAN_WEIGHTS, PLANS
 from benchmarks.zoo.models import Entry
-
-Row: TypeAlias = dict[str, Any]
 
 
 def status(row: Row) -> str:

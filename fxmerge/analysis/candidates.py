@@ -163,7 +163,7 @@ class _Offer:
 
 
 def _joins(expression: Expression) -> bool:
-    return any(step.kind in ("sum", "concat") for step in expression.steps)
+    return any(step.kind in ("sum", "difference", "concat") for step in expression.steps)
 
 
 def _resizes(segment: Segment) -> bool:

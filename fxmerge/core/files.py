@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fxmerge.errors import PlanError
 
 
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch file beside a file, of a name that no other writer has, which takes its place unless something goes wrong."""
+    target = Path(path)
+    scratch = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")  # a tempfile could be read by its owner only
+    try:
+        yield scratch
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Put a text on disk, whole or not at all."""
-    target = Path(path)
-    scratch = target.with_name(target.name + ".part")
-    scratch.write_text(text, encoding="utf-8", newline="")
-    scratch.replace(target)
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
@@ -40,10 +53,8 @@ def read_json(path: str | os.PathLike[str], again: str) -> Any:
 
 def write_csv(path: str | os.PathLike[str], heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table with a line of heads."""
-    target = Path(path)
-    scratch = target.with_name(target.name + ".part")
-    with scratch.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(heads)
-        writer.writerows(rows)
-    scratch.replace(target)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -220,7 +220,10 @@ class ParetoFront:
 
         Raises:
             BudgetError: even the fastest plan is over; it names the fastest.
+            InputError: the front has a second resource.
         """
+        if self.second:
+            raise InputError(f"this front has {self.second} beside latency; take the index of within(), or pick()")
         fitting = [i for i, latency in enumerate(self.latencies_ns) if latency <= budget_ns]
         if not fitting:
             asked, fastest = (self.original_ns / max(1, ns) for ns in (budget_ns, self.fastest_ns))
@@ -230,7 +233,7 @@ class ParetoFront:
                 asked_ns=budget_ns,
                 fastest_ns=self.fastest_ns,
             )
-        return min(reversed(fitting), key=self.losses.__getitem__) if self.second else fitting[-1]
+        return fitting[-1]
 
 
 def _choose_of(choose: Callable[[int], Sequence[int]], kept: Sequence[int], index: int) -> Sequence[int]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fxmerge.core.files import read_json, write_csv, write_json
 from fxmerge.core.geometry import whole
-from fxmerge.errors import PlanError
+from fxmerge.errors import InputError, PlanError
 
 FORMAT = 1
 _AGAIN = "Measure again, or take the table from where it was made."
@@ -99,6 +99,9 @@ class LatencyTable:
         units: unit (its ``end``) -> key of its own nodes as they are.
         network: the whole folded original, end to end.
         pace: see above; at most 1.
+
+    Raises:
+        InputError: a candidate or a unit has a key without a measurement.
     """
 
     measurements: Mapping[str, Measurement]
@@ -108,6 +111,9 @@ class LatencyTable:
     pace: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, key in (*self.candidates.items(), *self.units.items()):
+            if key not in self.measurements:
+                raise InputError(f"{name!r} has no measurement, its key is {key!r}; give one under that key")
         alone = sum(self.measurements[key].median_ns for key in self.units.values())
         object.__setattr__(self, "pace", min(1.0, self.network.median_ns / max(1, alone)))
 
@@ -171,15 +177,19 @@ class LatencyTable:
             raise PlanError(f"{path} cannot be used: {fault}. {_AGAIN}") from fault
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line for the whole, for every unit and for every candidate: for other programs; JSON is what is read back."""
-        entries = [("network", "", self.network)]
-        entries += [("unit", end, self.measurements[key]) for end, key in self.units.items()]
-        entries += [("candidate", name, self.measurements[key]) for name, key in self.candidates.items()]
+        """Write a line for the whole, for every unit and for every candidate: for other programs; JSON is what is read back.
+
+        ``median_ns`` and ``spread_ns`` are as measured, ``in_network_ns`` is what the solver takes: see ``pace``.
+        """
+        entries = [("network", "", self.network, self.network.median_ns)]
+        entries += [("unit", end, self.measurements[key], self.unit_ns(end)) for end, key in self.units.items()]
+        entries += [("candidate", name, self.measurements[key], self.candidate_ns(name)) for name, key in self.candidates.items()]
         target = ("device", "dtype", "channels_last", "backend", "threads")
         rows = (
-            (what, name, m.median_ns, m.spread_ns, m.repeats, *(getattr(m.target, t) for t in target)) for what, name, m in entries
+            (what, name, m.median_ns, m.spread_ns, m.repeats, nanoseconds, *(getattr(m.target, t) for t in target))
+            for what, name, m, nanoseconds in entries
         )
-        write_csv(path, ("what", "name", "median_ns", "spread_ns", "repeats", *target), rows)
+        write_csv(path, ("what", "name", "median_ns", "spread_ns", "repeats", "in_network_ns", *target), rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fxmerge.graph.edit import shape_after
-from fxmerge.graph.query import describe_module, is_tensor, module_of
+from fxmerge.graph.meta import facts, record
+from fxmerge.graph.query import attribute, describe_module, is_tensor, module_of
 
 
 def extract(graph: GraphModule, nodes: Sequence[Node]) -> tuple[GraphModule, tuple[tuple[int, ...], ...]]:
@@ -30,6 +32,7 @@ def extract(graph: GraphModule, nodes: Sequence[Node]) -> tuple[GraphModule, tup
         for operand in node.all_input_nodes:
             if operand not in inside and operand not in twins:
                 twins[operand] = part.placeholder(f"x{len(twins)}")
+                record(twins[operand], shape=facts(operand).shape, dtype=facts(operand).dtype)
                 shapes.append(shape_after(operand))
     for node in wanted:
         twins[node] = part.node_copy(node, twins.__getitem__)
@@ -54,7 +57,10 @@ def _with_constants(nodes: Sequence[Node]) -> list[Node]:
 
 
 def signature(part: GraphModule, shapes: Sequence[tuple[int, ...]]) -> str:
-    """A text that two extracted modules share iff they do the same work: operations, settings and sizes, no names, no weights."""
+    """A text that two extracted modules share iff they do the same work: operations, settings and sizes, no names, no weights.
+
+    Types are told of inputs and constants that are no floating-point numbers; those that are take the type of the target.
+    """
     number = {node: index for index, node in enumerate(part.graph.nodes)}
 
     def plain(value: object) -> str:
@@ -69,9 +75,23 @@ def signature(part: GraphModule, shapes: Sequence[tuple[int, ...]]) -> str:
     lines = []
     for node in part.graph.nodes:
         module = module_of(part, node)
+        if node.op == "placeholder" and _type(facts(node).dtype):
+            lines.append(f"%{number[node]} is{_type(facts(node).dtype)}")
+        if node.op == "get_attr":
+            lines.append(_constant(attribute(part, str(node.target))))
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
         what = describe_module(module) if module is not None else name
         lines.append(f"{what} {plain(node.args)} {plain(node.kwargs)}".strip())
     return "; ".join(lines) + f" @ {' '.join('x'.join(map(str, shape)) for shape in shapes)}"
+
+
+def _constant(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"get_attr {type(value).__name__}"
+    return f"get_attr {tuple(value.shape)}{_type(value.dtype)}"
+
+
+def _type(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None or dtype.is_floating_point else f" {dtype}".replace("torch.", "")

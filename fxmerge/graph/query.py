@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.graph.guard import require_size
 from fxmerge.graph.meta import facts
@@ -19,6 +20,11 @@ from fxmerge.graph.spelling import writes
 def module_of(graph: GraphModule, node: Node) -> nn.Module | None:
     """The module that a node calls, or None for other nodes."""
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The layer's own class; that of a parametrized one (weight norm) is made for it alone, below its own."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
 _EFFECTS = (operator.setitem, torch._assert, require_size)

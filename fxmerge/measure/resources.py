@@ -2,8 +2,9 @@
 
 - ``parameters``: numbers in the modules that are called, each counted where it is first called; norms are folded. A candidate
   takes C_out * C_in/groups * taps weights, C_out biases if it has any, and a matrix for every side input.
-- ``multiply_adds``: of convolutions and linear layers, for one image of the size traced. A candidate takes its weights times
-  its output pixels.
+- ``multiply_adds``: of convolutions and linear layers, for one image of the size traced. A map takes its weights times its output
+  pixels; where it makes the image larger by u, a u-th of that, for so many taps fall on zeros between pixels
+  (:meth:`Geometry.multiply_adds`). A candidate takes as many as its map, and a matrix for every side input.
 - ``peak_bytes``: the most bytes of tensors alive at any step, for the batch traced; weights and the workspace of a kernel are
   not among them. The steps are the nodes of the folded network in graph order. Alive at a step are its operands, its output, and
   every tensor computed before that is read after it. An activation writes over its operand where nobody reads that later. A
@@ -58,7 +59,11 @@ def _parameters(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
     folded = FoldBatchNorm(findings.operators).apply(findings.graph)
     counted: set[int] = set()
     of_node = {node.name: _own_parameters(folded, node, counted) for node in folded.graph.nodes}
-    candidates = {c.id: _weights(findings, p, c, 1) + c.geometry.out_channels * c.geometry.bias for p, c in _each(proposals)}
+
+    def of_map(candidate: Candidate) -> int:
+        return math.prod(candidate.geometry.weight_shape) + candidate.geometry.out_channels * candidate.geometry.bias
+
+    candidates = {c.id: _with_sides(findings, p, c, of_map) for p, c in _each(proposals)}
     return _summed("parameters", findings, of_node, candidates)
 
 
@@ -77,7 +82,11 @@ def _own_parameters(graph: GraphModule, node: Node, counted: set[int]) -> int:
 def _multiply_adds(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
     of_node = {node.name: _own_multiply_adds(findings, node) for node in findings.graph.graph.nodes}
     shapes = _shapes(findings)
-    candidates = {c.id: _weights(findings, p, c, math.prod(shapes[c.exit][2:])) for p, c in _each(proposals)}
+
+    def of_map(candidate: Candidate) -> int:
+        return candidate.geometry.multiply_adds(shapes[candidate.entry][2:])
+
+    candidates = {c.id: _with_sides(findings, p, c, of_map) for p, c in _each(proposals)}
     return _summed("multiply_adds", findings, of_node, candidates)
 
 
@@ -86,7 +95,7 @@ def _own_multiply_adds(findings: Findings, node: Node) -> int:
     if shape is None:
         return 0
     if isinstance(verdict, Map) and verdict.role == "convolution":
-        return math.prod(verdict.geometry.weight_shape) * math.prod(shape[2:])
+        return verdict.geometry.multiply_adds(facts(data_operands(node)[0]).image_shape[2:])
     module = module_of(findings.graph, node)
     if isinstance(module, nn.Linear):
         return module.in_features * math.prod(shape[1:])
@@ -96,13 +105,13 @@ def _own_multiply_adds(findings: Findings, node: Node) -> int:
     return 0
 
 
-def _weights(findings: Findings, proposal: Proposal, candidate: Candidate, pixels: int) -> int:
-    """Weights of the one convolution, each as often as there are pixels, and of the matrices for its side inputs."""
+def _with_sides(findings: Findings, proposal: Proposal, candidate: Candidate, of_map: Callable[[Candidate], int]) -> int:
+    """What the one convolution takes, and the matrices for its side inputs, which have one pixel."""
     if candidate.kind == "identity":
         return 0
     shapes = _shapes(findings)
     sides = sum(shapes[side][1] * candidate.geometry.out_channels for side in proposal.segment.expression.sides)
-    return math.prod(candidate.geometry.weight_shape) * pixels + sides
+    return of_map(candidate) + sides
 
 
 def _summed(name: Name, findings: Findings, of_node: Mapping[str, int], candidates: Mapping[str, int]) -> Resource:
@@ -115,7 +124,8 @@ def _each(proposals: Sequence[Proposal]) -> list[tuple[Proposal, Candidate]]:
 
 
 def _shapes(findings: Findings) -> dict[str, tuple[int, ...]]:
-    return {node.name: facts(node).shape or () for node in findings.graph.graph.nodes}
+    """(N, C, *space) of every tensor."""
+    return {node.name: facts(node).image_shape for node in findings.graph.graph.nodes}
 
 
 def _peak_bytes(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
@@ -183,8 +193,8 @@ class _Steps:
 
     def _padded(self, candidate: Candidate) -> int:
         amounts = separate_padding(candidate.geometry)
-        shape = facts(self.nodes[candidate.entry]).shape
-        if not amounts or shape is None:
+        space = facts(self.nodes[candidate.entry]).image_shape[2:]
+        if not amounts or not space:
             return 0
-        pixels = (n + sum(pads) for n, pads in zip(shape[2:], candidate.geometry.padding, strict=True))
-        return self.size[candidate.entry] // math.prod(shape[2:]) * math.prod(pixels)
+        padded = (n + before + after for n, before, after in zip(reversed(space), amounts[::2], amounts[1::2], strict=True))
+        return self.size[candidate.entry] // math.prod(space) * math.prod(padded)

@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.core.geometry import Geometry
@@ -21,7 +20,7 @@ from fxmerge.core.segment import Reason
 from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import facts
 from fxmerge.graph.portable import found, named
-from fxmerge.graph.query import data_operands, has_hooks, is_tensor, module_of, shared_modules
+from fxmerge.graph.query import data_operands, has_hooks, is_tensor, kind_of, module_of, shared_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +152,7 @@ class Operators:
         """The operator for a node, or None."""
         if node.op == "call_module":
             module = module_of(graph, node)
-            # A parametrized layer (weight norm) is an instance of a class made for it alone, below its own.
-            kind = type(module).__bases__[0] if module is not None and is_parametrized(module) else type(module)
-            return self.modules.get(kind)
+            return self.modules.get(kind_of(module)) if module is not None else None
         return self.functions.get(node.target) if node.op in ("call_function", "call_method") else None
 
     def verdicts(self, graph: GraphModule) -> dict[Node, Verdict]:

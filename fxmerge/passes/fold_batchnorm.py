@@ -20,7 +20,7 @@ from fxmerge.algebra.affine import Affine
 from fxmerge.graph.edit import become_module, become_turned, copied, tidy
 from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import Facts, facts, record
-from fxmerge.graph.query import has_sole_user, module_of
+from fxmerge.graph.query import has_sole_user, kind_of, module_of
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Map, Operators, Site, Verdict, default_operators
 from fxmerge.passes.base import Pass
@@ -64,7 +64,7 @@ class FoldBatchNorm(Pass):
     def _takes(self, graph: GraphModule, node: Node, verdict: Verdict) -> bool:
         """Whether this is a convolution of torch's, transposed or not, that only one node reads and nothing else disturbs."""
         module = module_of(graph, node)
-        if module is None or _kind(module) not in _KINDS or not has_sole_user(node) or node.name in self.keep:
+        if module is None or kind_of(module) not in _KINDS or not has_sole_user(node) or node.name in self.keep:
             return False
         return isinstance(verdict, Map) and not (module.training and is_parametrized(module))
 
@@ -105,11 +105,6 @@ def _kept(known: Facts) -> tuple[object, ...]:
     return known.dtype, len(known.shape or ()), known.channels_last
 
 
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """The layer's own class; that of a parametrized one is made for it alone, below its own."""
-    return type(module).__bases__[0] if is_parametrized(module) else type(module)
-
-
 def _scaled(module: Any, affine: Affine) -> nn.Module:
     """A convolution of the same settings whose output channels are scaled and shifted; weight (C_out, 1, ...), bias (C_out,)."""
     scale, shift = affine.weight.flatten().to(module.weight.device), affine.bias.to(module.weight.device)
@@ -125,7 +120,7 @@ def _scaled(module: Any, affine: Affine) -> nn.Module:
 
 def _with(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A plain layer of the same settings with these numbers, cast to the layer's dtype."""
-    kind = _kind(module)
+    kind = kind_of(module)
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)
     twin.__dict__.update({key: value for key, value in module.__dict__.items() if key not in twin.__dict__})

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -243,8 +242,7 @@ def _become_crop(node: Node, surplus: Halo) -> None:
     whole.meta = dict(node.meta)
     grown = (size + before + after for size, (before, after) in zip(shape[2:], surplus, strict=True))
     record(whole, merge=None, shape=(*shape[:2], *grown))
-    amounts = tuple(-amount for amount in _flat(surplus))
-    node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (whole, amounts), {}
+    take_place(node, insert_pad(whole, node, tuple(-amount for amount in _flat(surplus))))
 
 
 def _any(halo: Halo) -> bool:

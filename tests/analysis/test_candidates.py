@@ -70,6 +70,10 @@ class TestOffers:
             assert ("bn1" in candidate.removed) == ("conv1" in candidate.removed)
             assert ("bn2" in candidate.removed) == ("conv2" in candidate.removed)
 
+    def test_an_image_less_its_convolution_is_one_convolution_exactly(self) -> None:
+        offered = candidates(found("difference"), "relu -> relu_1")
+        assert [(c.kind, c.geometry.kernel, c.removed) for c in offered if c.exact] == [("composed", (3, 3), ())]
+
     def test_a_kernel_larger_than_allowed_is_only_offered_smaller(self) -> None:
         offered = ids(found("residual_plus"), "relu -> bn2", Space(max_kernel=3))
         assert offered == ["identity", "composed 4->4 3x3 pruned", "fitted 4->4 3x3", "fitted 4->4 1x1"]

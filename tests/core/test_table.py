@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable, Measurement, Target
-from fxmerge.errors import PlanError
+from fxmerge.errors import InputError, PlanError
 
 names = st.text(max_size=6)
 counts = st.integers(0, 2**53)
@@ -59,6 +60,20 @@ def test_a_latency_table_as_csv_has_a_line_for_the_whole_each_unit_and_each_cand
         ("candidate", "x->z", "10"),
     ]
     assert (rows[1]["spread_ns"], rows[1]["repeats"], rows[1]["device"], rows[1]["threads"]) == ("2", "5", "cuda:0", "4")
+    assert [row["in_network_ns"] for row in rows] == ["100", "7", "10", "10"]
+
+
+def test_as_csv_a_part_has_what_it_takes_alone_and_what_it_takes_in_a_faster_network(tmp_path: Path) -> None:
+    replace(LATENCY, network=Measurement(4, 0, 1, Target())).to_csv(tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["median_ns"], row["in_network_ns"]) for row in rows] == [("4", "4"), ("7", "4"), ("10", "6"), ("10", "6")]
+
+
+@pytest.mark.parametrize("part", ["candidates", "units"])
+def test_a_table_whose_entry_has_no_measurement_is_refused(part: str) -> None:
+    with pytest.raises(InputError, match="'z' has no measurement, its key is 'gone'; give one under that key"):
+        replace(LATENCY, **{part: {"z": "gone"}})  # type: ignore[arg-type]
 
 
 def test_an_importance_table_as_csv_keeps_every_digit(tmp_path: Path) -> None:

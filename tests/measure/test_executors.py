@@ -20,6 +20,8 @@ import fxmerge
 from fxmerge.errors import BudgetError, InputError, NotFiniteError, WorkerError
 from fxmerge.graph.portable import message
 from fxmerge.measure.executors import Local, Processes, Ray, as_executor
+from fxmerge.operators import Join
+from fxmerge.passes.annotate import merges
 from tests.small import images, network
 
 
@@ -135,10 +137,15 @@ def test_findings_come_through_pickle_as_they_were() -> None:
     there = pickle.loads(message(findings))
     assert (there.segments, there.refusals, there.region) == (findings.segments, findings.refusals, findings.region)
     assert there.fingerprint == findings.fingerprint
-    assert {n.name: v for n, v in there.verdicts.items()}.keys() == {n.name: v for n, v in findings.verdicts.items()}.keys()
+    # As text a node is its name: those in a verdict are others there, and of the graph that came through.
+    assert {n.name: str(v) for n, v in there.verdicts.items()} == {n.name: str(v) for n, v in findings.verdicts.items()}
+    joins = [verdict for verdict in there.verdicts.values() if isinstance(verdict, Join)]
+    assert joins
+    assert {operand.graph for join in joins for operand in join.operands} == {there.graph.graph}
     assert (there.graph(images(2)) == findings.graph(images(2))).all()
-    plan = fxmerge.Plan(there.fingerprint, (fxmerge.propose(there)[0].candidates[0],))
-    assert fxmerge.annotate(there.graph, plan) is not None
+    merge = fxmerge.propose(there)[0].candidates[0]
+    annotated = fxmerge.annotate(there.graph, fxmerge.Plan(there.fingerprint, (merge,)))
+    assert [(node.name, found) for node, found in merges(annotated)] == [(merge.exit, merge)]
 
 
 @pytest.mark.parametrize(

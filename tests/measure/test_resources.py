@@ -71,16 +71,20 @@ def truth(name: str, merged: GraphModule, example: torch.Tensor) -> int:
         return runner.peak
 
 
-@pytest.mark.parametrize("name", ["parameters", "multiply_adds", "peak_bytes"])
-def test_a_plan_takes_what_its_merged_network_takes(name: str) -> None:
-    example = torch.randn(2, 3, 17, 20)
-    findings = fxmerge.find_segments(fxmerge.trace(network(), example))
+def fronts(model: nn.Module, name: str, example: torch.Tensor) -> tuple[fxmerge.Findings, fxmerge.ParetoFront]:
+    findings = fxmerge.find_segments(fxmerge.trace(model, example))
     proposals = fxmerge.propose(findings)
     latency = fxmerge.measure_latency(findings, proposals, (example,), timer=PriceTimer())
     candidates = [c for p in proposals for c in p.candidates]
     importance = ImportanceTable({c.id: Importance(1 / math.prod(c.geometry.weight_shape), 1, "") for c in candidates})
     resource = count_resource(findings, proposals, name)  # type: ignore[arg-type]
-    front = fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint, second=resource)
+    return findings, fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint, second=resource)
+
+
+@pytest.mark.parametrize("name", ["parameters", "multiply_adds", "peak_bytes"])
+def test_a_plan_takes_what_its_merged_network_takes(name: str) -> None:
+    example = torch.randn(2, 3, 17, 20)
+    findings, front = fronts(network(), name, example)
     assert len(front) > 5
     seen = set()
     for index in range(0, len(front), max(1, len(front) // 12)):
@@ -93,6 +97,37 @@ def test_a_plan_takes_what_its_merged_network_takes(name: str) -> None:
             assert found == front.amounts[index], plan
         seen.add(front.amounts[index])
     assert len(seen) >= 2
+
+
+class Perceptron(nn.Module):
+    """ConvNeXt's: linear layers on channels last, between images with channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.narrow = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.narrow(torch.relu(self.wide(self.stem(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return torch.relu(y)
+
+
+ENLARGING = {
+    "transposed": (nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.ReLU()),
+    "transposed and more": (nn.ConvTranspose2d(3, 4, 2, 2, bias=False), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+    "nearest": (nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU()),
+    "channels last": (Perceptron(),),
+}
+
+
+@pytest.mark.parametrize("network", ENLARGING)
+@pytest.mark.parametrize("name", ["multiply_adds", "peak_bytes"])
+def test_so_it_does_where_images_become_larger_or_have_channels_last(network: str, name: str) -> None:
+    example = torch.randn(2, 3, 9, 14)
+    findings, front = fronts(nn.Sequential(*ENLARGING[network]).eval(), name, example)
+    plans = [front.plan(index) for index in range(len(front))]
+    assert any(merge.kind != "identity" for plan in plans for merge in plan.merges)
+    for plan, amount in zip(plans, front.amounts, strict=True):
+        assert truth(name, build_networks(findings, plan, {})[1], example) == amount, plan
 
 
 def test_the_peak_of_a_chain_is_by_hand_that_of_its_widest_step() -> None:
@@ -114,6 +149,35 @@ def test_where_a_kernel_cannot_pad_by_itself_a_padded_copy_of_the_entry_is_alive
     peak = count_resource(findings, proposals, "peak_bytes")
     (whole,) = {c.id for p in proposals for c in p.candidates if c.activations and c.entry == findings.segments[0].entry}
     assert peak.candidates[whole] == 4 * (4 * 64 + 4 * 81 + 2 * 64)
+
+
+def whole_peak(model: nn.Module, entry: str = "") -> int:
+    findings = fxmerge.find_segments(fxmerge.trace(model.eval(), torch.randn(1, 3, 5, 8)))
+    proposals = fxmerge.propose(findings, fxmerge.Space(fitted=False, prune=False, identity=False))
+    peak = count_resource(findings, proposals, "peak_bytes")
+    mine = [p for p in proposals if p.segment.entry == (entry or findings.segments[0].entry)]
+    [whole] = max(mine, key=lambda p: len(p.segment.nodes)).candidates
+    return peak.candidates[whole.id]
+
+
+def test_a_transposed_kernel_takes_a_copy_only_where_torchs_own_cannot_pad_and_of_the_size_that_it_needs() -> None:
+    layers = nn.ConvTranspose2d(3, 2, 4, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)
+    assert whole_peak(nn.Sequential(*layers)) == 4 * (3 * 5 * 8 + 2 * 10 * 16)
+    assert whole_peak(nn.Sequential(nn.ZeroPad2d((1, 0, 0, 2)), *layers)) == 4 * (3 * 5 * 8 + 3 * 7 * 9 + 2 * 14 * 18)
+
+
+def test_a_padded_copy_of_a_tensor_with_channels_last_is_larger_in_space() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 6), nn.Linear(6, 4)
+            self.conv = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 2)), nn.Conv2d(4, 2, (3, 2)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.sigmoid(self.one(x.permute(0, 2, 3, 1)))
+            return self.conv(torch.relu(self.two(hidden)).permute(0, 3, 1, 2))  # type: ignore[no-any-return]
+
+    assert whole_peak(Last(), "sigmoid") == 4 * (6 * 5 * 8 + 6 * 7 * 9 + 2 * 5 * 8)
 
 
 def test_another_resource_is_refused() -> None:

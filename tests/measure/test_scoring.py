@@ -105,7 +105,10 @@ def test_candidates_too_large_for_the_memory_are_left_out_and_told(tables) -> No
     for name in table.candidates:
         assert table.loss(name) == pytest.approx(whole.loss(name), rel=1e-3, abs=1e-6)
     candidates = [c for p in proposals for c in p.candidates]
-    assert len(fxmerge.solve(findings.region, candidates, latency, table, findings.fingerprint)) >= 1
+    few, all_ = (fxmerge.solve(findings.region, candidates, latency, t, findings.fingerprint) for t in (table, whole))
+    assert few.fastest_ns < few.original_ns
+    assert {merge.id for i in range(len(few)) for merge in few.plan(i).merges} <= table.candidates.keys()
+    assert not {merge.id for i in range(len(all_)) for merge in all_.plan(i).merges} <= table.candidates.keys()
 
 
 def test_no_batch_takes_more_than_its_share_of_memory(tables, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -118,7 +121,6 @@ def test_no_batch_takes_more_than_its_share_of_memory(tables, monkeypatch: pytes
         return real(self, arguments, **options)
 
     monkeypatch.setattr(fxmerge.measure.reconstruction.Replay, "values", values)
-    some = [p for p in proposals if all(c.kind != "fitted" for c in p.candidates)] or proposals[:1]
     some = [fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.kind != "fitted")) for p in proposals][:2]
     table = fxmerge.measure_importance(findings, some, images(64), scorer=fxmerge.Reconstruction(memory_bytes=2_000_000))
     assert max(seen) <= 64 // 4
@@ -136,10 +138,9 @@ def test_tasks_hold_every_candidate_once(tables) -> None:  # type: ignore[no-unt
 
 def test_the_settings_name_all_that_decides_a_score() -> None:
     base = fxmerge.Reconstruction()
-    changed = [
-        dataclasses.replace(base, **{name: value})
-        for name, value in {"ridge": 1.0, "rows_per_unknown": 3, "least_rows": 5, "score_images": 7, "seed": 9}.items()
-    ]
-    assert len({scorer.settings for scorer in (base, *changed)}) == 6
+    numbers = {field.name for field in dataclasses.fields(base)} - {"divergence", "coarse_images"}
+    changed = [dataclasses.replace(base, **{name: 2 * getattr(base, name) + 1}) for name in numbers]
+    assert len({scorer.settings for scorer in (base, *changed)}) == 1 + len(numbers) >= 8
     assert dataclasses.replace(base, coarse_images=3).settings == base.settings
+    assert dataclasses.replace(base, divergence=len).settings != base.settings
     assert "0x" not in dataclasses.replace(base, divergence=fxmerge.measure.divergence.divergence).settings

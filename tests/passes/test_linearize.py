@@ -7,24 +7,50 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.candidates import propose
 from fxmerge.analysis.segments import find_segments
+from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError
 from fxmerge.graph.meta import origin
 from fxmerge.graph.query import fingerprint
 from fxmerge.graph.trace import trace
+from fxmerge.operators import Map, Site, default_operators
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import Linearize, linearize
 from tests.algebra.test_affine import random_affine
 from tests.laws import TOLERANCE, random_plan, relative_error
-from tests.zoo import images, specimen
+from tests.zoo import conv, images, specimen
+
+
+@torch.fx.wrap
+def doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0)
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(x)
+
+
+class Doubled:
+    """What there is to know of it."""
+
+    def verdict(self, site: Site) -> Map:
+        return Map(Geometry(site.channels, site.channels, (Axis.nearest(2),) * site.dims, site.channels))
+
+    def affine(self, site: Site) -> Affine:
+        geometry = self.verdict(site).geometry
+        return Affine.of(geometry, torch.ones(geometry.weight_shape, dtype=torch.float64))
+
+    def unpad(self, site: Site) -> None:
+        return
 
 
 class Bench:
@@ -97,6 +123,17 @@ class TestComposed:
             "_2 = pad(_2_1, (-1, 0, -1, -1))",
             "_3 = relu(_2)",
         ]
+
+    def test_a_crop_in_place_of_a_function_that_torch_fx_wraps_is_not_wrapped_itself(self) -> None:
+        """It would be, when the student's code is run, and no model could be traced any more."""
+        model = nn.Sequential(conv(3, 4), nn.ReLU(), Doubling(), conv(4, 3)).eval()
+        operators = default_operators().extended(functions={doubled: Doubled()})
+        graph = trace(model, images().float())
+        findings = find_segments(graph, operators=operators)
+        [whole] = [c for p in propose(findings) for c in p.candidates if c.id == "input_1->_3 composed 3->3 8x8 u2x2"]
+        student = linearize(annotate(graph, Plan(findings.fingerprint, (whole,))), operators=operators)
+        assert text(student)[2:4] == ["_2_doubled_1 = doubled(_0)", "_2_doubled = pad(_2_doubled_1, (-1, -1, -1, -1))"]
+        assert [node.name for node in student.graph.nodes if node.meta.get("is_wrapped")] == ["_2_doubled_1"]
 
     def test_an_unpadded_transposed_convolution_begins_with_the_first_output_that_its_pixels_suffice_for(self) -> None:
         student = Bench("parallel_upsampling").student("relu->relu_1 composed 3->4 4x4 u2x2")

@@ -109,10 +109,12 @@ def test_of_equal_plans_with_equal_amounts_the_one_of_fewest_merges_stays() -> N
     assert tree.solve(second=nothing).choose(0) == (2,)
 
 
-def test_the_index_of_a_front_of_three_coordinates_is_that_of_the_least_loss() -> None:
+def test_the_index_of_a_front_of_three_coordinates_is_that_within_a_limit() -> None:
     tree = random_line(np.random.default_rng(1), 6, 3)
     front = tree.solve(second=tree.amounts)
     flat = tree.solve()
     for budget_ns in flat.latencies_ns:
-        assert front.losses[front.index(budget_ns)] == flat.losses[flat.index(budget_ns)]
+        assert front.within().index(budget_ns) == flat.index(budget_ns)
         assert front.pick(budget_ns).loss == flat.pick(budget_ns).loss
+    with pytest.raises(InputError, match=rf"this front has {front.second} beside latency; take the index of within\(\), or pick"):
+        front.index(flat.fastest_ns)
