@@ -31,7 +31,7 @@ SAMPLE = (
     "torchvision segmentation:deeplabv3_mobilenet_v3_large",
     "torchvision detection, backbone:ssdlite320_mobilenet_v3_large",
     "torchvision detection, backbone:fasterrcnn_mobilenet_v3_large_fpn",
-    "torchvision video:raft_small",
+    "torchvision:mnasnet0_75",
     "torchvision quantizable:resnet18",
     "torchvision quantizable:shufflenet_v2_x0_5",
 )

@@ -198,8 +198,8 @@ class ParetoFront:
             BudgetError: even the fastest plan is over, or the leanest; it names that.
             InputError: the front was solved without that resource.
         """
-        if not isinstance(budget_ns, (int, float)) or isinstance(budget_ns, bool) or not 0 < budget_ns < math.inf:
-            raise InputError(f"a budget is a positive number of nanoseconds, found {budget_ns!r}")
+        if not isinstance(budget_ns, (int, float)) or isinstance(budget_ns, bool) or not 0 <= budget_ns < math.inf:
+            raise InputError(f"a budget is a number of nanoseconds from 0 on, found {budget_ns!r}")
         front = self.within(parameters=parameters, multiply_adds=multiply_adds, peak_bytes=peak_bytes)
         if front is not self and front.fastest_ns > budget_ns >= self.fastest_ns:
             least = min(n for n, ns in zip(self.amounts, self.latencies_ns, strict=True) if ns <= budget_ns)

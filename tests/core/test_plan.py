@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.segment import Candidate
-from fxmerge.errors import BudgetError, FxMergeError, PlanError
+from fxmerge.errors import BudgetError, FxMergeError, InputError, PlanError
 
 AXIS = Axis.convolution(3, 1, (1, 1), 1)
 EXACT = Candidate("x", "b", "b", "composed", Geometry(4, 4, (AXIS, AXIS)), exact=True)
@@ -157,6 +157,11 @@ class TestParetoFront:
         with pytest.raises(BudgetError, match=r"no plan runs in 0\.000 ms \(2\.02x\); .* takes 0\.000 ms \(2\.00x\)") as caught:
             self.FRONT.pick(99)
         assert (caught.value.asked_ns, caught.value.fastest_ns) == (99, 100)
+
+    @pytest.mark.parametrize("budget", [-1, float("nan"), float("inf"), True, "2x", None])
+    def test_what_is_no_budget_is_told(self, budget: object) -> None:
+        with pytest.raises(InputError, match="a budget is a number of nanoseconds from 0 on, found"):
+            self.FRONT.pick(budget)  # type: ignore[arg-type]
 
     def test_a_budget_of_nothing_is_an_error_too(self) -> None:
         with pytest.raises(BudgetError, match="no plan runs in"):
