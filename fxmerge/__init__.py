@@ -14,7 +14,7 @@ The rooms, in the order in which they may import each other (those on one level 
     errors      one small tree of exceptions
     core        the nouns: geometry, expression, segment, region, table, plan; no torch.fx
     algebra     affine maps with their numbers; least squares; tensors only
-    graph       every torch.fx idiom, once: capture, one dialect (spelling, activations, modules, slices, layout, names), query, edit
+    graph       every torch.fx idiom, once: capture, one dialect (spelling, activations, modules, slices, layout), query, edit
     solve       tree + tables -> Pareto front; integers, no torch      budget   what may remain, as people say it
     operators   what is known of each operator of torch: what it is, its numbers, how it runs without padding
     analysis    graph -> facts: cuts, segments, candidates, reports; edits nothing
