@@ -137,7 +137,7 @@ def law(
     for _ in range(4 * PLANS if proposals else 0):
         plan = _random_plan(findings, proposals, rng)
         student = fxmerge.Linearize(own=False).apply(fxmerge.annotate(findings.graph, plan))
-        response = _response(student, inputs[0])
+        response = max(_response(student, arguments, torch.finfo(dtype).eps) for arguments in inputs)
         if plan.merges and response <= 0.1 * TOLERANCE[dtype]:
             errors.append(_plan_error(student, inputs))
             merges.update(merge.kind for merge in plan.merges)
@@ -171,22 +171,26 @@ def _plan_error(student: GraphModule, inputs: Sequence[tuple[Any, ...]]) -> floa
 
 
 class _Rounded(Interpreter):
-    """A graph with every floating-point tensor in it off by a rounding error."""
+    """A graph with every floating-point tensor in it off by a rounding error of this size."""
+
+    def __init__(self, graph: GraphModule, eps: float) -> None:
+        super().__init__(graph)
+        self.eps = eps
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.is_floating_point() and n.op.startswith("call_"):
-            return value * (1 + torch.finfo(value.dtype).eps * torch.randn_like(value))
+            return value * (1 + self.eps * torch.randn_like(value))
         return value
 
 
-def _response(student: GraphModule, arguments: tuple[Any, ...]) -> float:
+def _response(student: GraphModule, arguments: tuple[Any, ...], eps: float) -> float:
     """How far a student's outputs move when all its tensors are rounded once more; infinite where it overflows."""
     expected = outputs(student, arguments)
     if not all(bool(x.isfinite().all()) for x in expected if x.is_floating_point()):
         return math.inf
     with torch.no_grad():
-        disturbed = _Rounded(student).run(*mapped(torch.clone, arguments))
+        disturbed = _Rounded(student, eps).run(*mapped(torch.clone, arguments))
     moved = [leaf for leaf in pytree.tree_leaves(disturbed) if isinstance(leaf, Tensor)]
     return max((relative_error(a, b) for a, b in zip(expected, moved, strict=True) if a.is_floating_point()), default=0.0)
 

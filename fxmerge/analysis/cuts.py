@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.fx import GraphModule, Node
 
 from fxmerge.core.region import Chain, Unit
-from fxmerge.graph.query import data_operands, is_data
+from fxmerge.graph.query import data_operands, fed_by_inputs
 
 #: (vertex, vertex); a tensor's two ends are (node, "in") and (node, "out").
 Vertex = tuple[Node | None, str]
@@ -57,10 +57,7 @@ def _dataflow(graph: GraphModule) -> list[Node]:
     for node in reversed(graph.graph.nodes):
         if node in needed:
             needed.update(data_operands(node))
-    fed: set[Node] = set()
-    for node in graph.graph.nodes:
-        if (node.op == "placeholder" and is_data(node)) or any(operand in fed for operand in data_operands(node)):
-            fed.add(node)
+    fed = fed_by_inputs(graph)
     return [node for node in graph.graph.nodes if node in needed and node in fed]
 
 

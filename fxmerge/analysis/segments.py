@@ -14,7 +14,7 @@ from fxmerge.core.region import Chain, Unit
 from fxmerge.core.segment import Reason, Refusal, Segment
 from fxmerge.graph.meta import facts
 from fxmerge.graph.portable import Portable, pack
-from fxmerge.graph.query import between, fingerprint, is_data
+from fxmerge.graph.query import between, fed_by_inputs, fingerprint, is_data
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Verdict, default_operators, read_expression
 
@@ -52,7 +52,7 @@ def _put_together(
 ) -> Findings:
     """Findings in another process."""
     unpacked = graph.unpack()
-    return Findings(unpacked, region, segments, refusals, operators, operators.verdicts(unpacked))
+    return Findings(unpacked, region, segments, refusals, operators, _on_inputs(unpacked, operators.verdicts(unpacked)))
 
 
 def find_segments(graph: GraphModule, *, operators: Operators | None = None, max_units: int = 8, max_extent: int = 63) -> Findings:
@@ -72,7 +72,7 @@ def find_segments(graph: GraphModule, *, operators: Operators | None = None, max
     """
     require_shapes(graph)
     table = operators or default_operators()
-    verdicts = table.verdicts(graph)
+    verdicts = _on_inputs(graph, table.verdicts(graph))
     region = region_tree(
         graph, lambda before, node: _attaches(verdicts[before], verdicts[node]), lambda node: _side(verdicts[node])
     )
@@ -86,6 +86,16 @@ def find_segments(graph: GraphModule, *, operators: Operators | None = None, max
     covered = {name for segment in segments for name in segment.nodes}
     refusals = [*_leftovers(verdicts, covered), *refusals]
     return Findings(graph, region, tuple(segments), tuple(refusals), table, verdicts)
+
+
+def _on_inputs(graph: GraphModule, verdicts: Mapping[Node, Verdict]) -> dict[Node, Verdict]:
+    """What joins an image with a tensor that no input leads to (a class token, repeated for the batch) is opaque."""
+    fed = fed_by_inputs(graph)
+    strangers = Opaque(detail="joins an image and a tensor that does not come from the input")
+    return {
+        node: strangers if isinstance(verdict, Join) and not fed.issuperset(verdict.operands) else verdict
+        for node, verdict in verdicts.items()
+    }
 
 
 def _attaches(before: Verdict, verdict: Verdict) -> bool:

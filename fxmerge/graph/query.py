@@ -84,6 +84,15 @@ def _collect(value: object, uses: list[Node]) -> None:
         _collect((value.start, value.stop, value.step), uses)
 
 
+def fed_by_inputs(graph: GraphModule) -> set[Node]:
+    """The nodes whose values depend on a tensor that the network is given: no parameters, nor what has its size alone from one."""
+    fed: set[Node] = set()
+    for node in graph.graph.nodes:
+        if (node.op == "placeholder" and is_data(node)) or any(operand in fed for operand in data_operands(node)):
+            fed.add(node)
+    return fed
+
+
 def shared_modules(graph: GraphModule) -> frozenset[str]:
     """Targets of modules that are called more than once, or that hold a parameter which another called module holds too.
 

@@ -244,3 +244,22 @@ class TestWhatIsRefused:
         found = findings(nn.Sequential(nn.Flatten(), nn.Linear(432, 4), nn.ReLU()))
         assert not found.segments
         assert {refusal.node for refusal in found.refusals} == {"_0", "_1", "_2"}
+
+
+def test_a_sum_with_what_no_input_leads_to_is_refused_and_what_is_before_it_merges() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 4, 1, 1))
+            self.conv1, self.conv2, self.conv3 = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv2(self.conv1(x))
+            token = self.token.expand(x.shape[0], -1, x.shape[2], x.shape[3])
+            return self.conv3(token.sigmoid() + y)
+
+    model = Token().eval()
+    findings = find_segments(trace(model, torch.randn(2, 4, 6, 6)))
+    assert any(refusal.detail == "joins an image and a tensor that does not come from the input" for refusal in findings.refusals)
+    assert "conv1" in {name for segment in findings.segments for name in segment.nodes}
+    assert all("add" not in segment.nodes for segment in findings.segments)
