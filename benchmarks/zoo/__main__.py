@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     store = options.store or Path(__file__).parents[1] / "zoo.jsonl"
     run(options, store)
-    text = "\n\n".join(report(entries(), stored(store)))
+    text = re.sub(r"/\S*/(site-packages|benchmarks)/", r"\1/", "\n\n".join(report(entries(), stored(store))))
     options.out.write_text(text + "\n", encoding="utf-8")
     print(text.partition("\n## ")[0])  # noqa: T201
 

@@ -147,6 +147,8 @@ def _residual_text(rows: Sequence[Row]) -> str:
     lines = [_spanned("residual CNNs", rows), _spanned("of these whose blocks hold no gate (product of two tensors)", free)]
     without = [row for row in rows if not row["spans_block"]]
     if without:
+        clear = sum(not set(row["obstacles"]) - {"nothing opaque"} for row in without)
+        lines.append(f"Of the {len(without)} without one, {len(without) - clear} have something opaque in their blocks.")
         lines.append("Without one, and what is opaque in how many of their blocks:")
         lines.append("\n".join(map(_obstructed, without)))
     return "\n\n".join(lines)
