@@ -99,7 +99,9 @@ def test_what_is_no_budget_is_told(text: str) -> None:
 def test_an_interrupted_run_leaves_a_store_that_the_next_goes_on_with(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "tables.db"
     command = [sys.executable, "-m", "fxmerge", "measure", "tests.small:network", "--data", str(folder), "--store", str(path)]
-    run = subprocess.Popen([*command, *SMALL], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    # Whoever runs the tests in the background has them ignore Ctrl-C, and so would this process.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    run = subprocess.Popen([*command, *SMALL], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not _rows(path):
         time.sleep(0.05)

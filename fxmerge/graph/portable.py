@@ -6,8 +6,8 @@ Here its nodes go as plain rows. This is for messages between processes of one p
 
 from __future__ import annotations
 
-import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.errors import InputError
 from fxmerge.graph.meta import KEY, Facts, facts
-from fxmerge.graph.query import attribute
+from fxmerge.graph.query import attribute, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,20 @@ def pack(graph: GraphModule) -> Portable:
 
 
 def _plain(part: Any) -> Any:
-    """A part as it is; where weights are computed from others (weight norm), which cannot be pickled, a copy that has them."""
+    """A part as it is; where weights are computed from others (weight norm), which cannot be pickled, a copy that has them.
+
+    The copy is made by hand: ``remove_parametrizations`` edits the class, which a deep copy shares with the original.
+    """
     if not isinstance(part, nn.Module) or not any(map(is_parametrized, part.modules())):
         return part
-    plain = copy.deepcopy(part)
-    for module in plain.modules():
-        for name in list(getattr(module, "parametrizations", ())):
-            remove_parametrizations(module, name, leave_parametrized=True)
-            module._load_state_dict_pre_hooks.clear()  # weight_norm's, a local function, which pickle refuses
+    computed = list(getattr(part, "parametrizations", ())) if is_parametrized(part) else []
+    kind = kind_of(part)
+    plain = kind.__new__(kind)
+    plain.__dict__.update(part.__dict__)
+    plain._parameters = dict(part._parameters) | {name: nn.Parameter(getattr(part, name).detach().clone()) for name in computed}
+    plain._modules = {name: _plain(child) for name, child in part._modules.items() if name != "parametrizations"}
+    if computed:
+        plain._load_state_dict_pre_hooks = OrderedDict()  # weight_norm's is a local function, which pickle refuses
     return plain
 
 

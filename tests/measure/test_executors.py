@@ -110,7 +110,9 @@ def test_parametrized_layers_go_to_other_processes_with_their_weights() -> None:
     model = network(blocks=1)
     weight_norm(model[0])
     findings = fxmerge.find_segments(fxmerge.trace(model, images(4)))
+    before = findings.graph(images(2))
     there = pickle.loads(message(findings))
+    assert torch.equal(findings.graph(images(2)), before), "the original was changed"
     assert torch.allclose(there.graph(images(2)), findings.graph(images(2)), rtol=1e-6, atol=1e-6)
     assert "parametrizations" in str(dict(findings.graph.named_parameters()).keys())
 
