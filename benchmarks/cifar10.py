@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +18,8 @@ from torch import Tensor
 
 import fxmerge
 from benchmarks.networks import accuracy, cifar10, cifar_resnet
+from benchmarks.stages import timed
+from fxmerge.core.segment import narrowed
 from fxmerge.search import Search, build_networks
 from fxmerge.survey import Survey
 
@@ -53,15 +52,15 @@ def run(name: str, images: int, speedups: list[float]) -> str:
     calibration = train_x[torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))[:images]]
     example = test_x[:128]
     costs: dict[str, float] = {}
-    with _timed(costs, "trace"):
+    with timed(costs, "trace"):
         graph = fxmerge.trace(network, example)
-    with _timed(costs, "find"):
+    with timed(costs, "find"):
         findings = fxmerge.find_segments(graph)
         proposals = fxmerge.propose(findings)
-    with _timed(costs, "measure latency"):
+    with timed(costs, "measure latency"):
         latency = fxmerge.measure_latency(findings, proposals, (example,))
     useful = fxmerge.worthwhile(proposals, latency, findings.region)
-    with _timed(costs, "measure importance"):
+    with timed(costs, "measure importance"):
         importance = fxmerge.measure_importance(findings, useful, calibration, latency=latency)
     rows: list[tuple[object, ...]] = [
         ("original, folded", "1.00", "1.00", "1.00", f"{accuracy(network, test_x, test_y):.2f}", "", "")
@@ -69,7 +68,7 @@ def run(name: str, images: int, speedups: list[float]) -> str:
     for label, space in SPACES.items():
         offered = {c.id for p in fxmerge.propose(findings, fxmerge.Space.named(space)) for c in p.candidates}
         batches = fxmerge.as_batches(calibration, graph)
-        some = tuple(fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.id in offered)) for p in useful)
+        some = narrowed(useful, lambda candidate, offered=offered: candidate.id in offered)  # type: ignore[misc]
         found = Survey(name, findings, some, batches, latency, importance, (example,), fxmerge.Target())
         rows += [_row(label, speedup, Search(found, 0.03), test_x, test_y, costs) for speedup in speedups]
     heads = ("candidates", "asked", "predicted", "measured", "top-1, no training", "convolutions", "merges")
@@ -79,16 +78,16 @@ def run(name: str, images: int, speedups: list[float]) -> str:
 
 
 def _row(label: str, speedup: float, search: Search, test_x: Tensor, test_y: Tensor, costs: dict[str, float]) -> tuple[object, ...]:
-    with _timed(costs, "solve"):
+    with timed(costs, "solve"):
         assert len(search.front)
     try:
         found = search.within(1 / speedup, None, 4, lambda done, total: None)
     except fxmerge.BudgetError as refusal:
         fastest = search.measure(search.front.plan(0))
         return label, f"{speedup:.2f}", "", f"cannot; fastest {fastest[0].median_ns / refusal.fastest_ns:.2f}", "", "", ""
-    with _timed(costs, "fit (several plans a row)"):
+    with timed(costs, "fit (several plans a row)"):
         plan, measured, weights = search.best_near(found, 1 / speedup, None, fxmerge.Reconstruction(), lambda done, total: None)
-    with _timed(costs, "fuse"):
+    with timed(costs, "fuse"):
         _, merged = build_networks(search.found.findings, plan, weights)
     convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in merged.modules())
     return (
@@ -100,13 +99,6 @@ def _row(label: str, speedup: float, search: Search, test_x: Tensor, test_y: Ten
         convolutions,
         len(plan.merges),
     )
-
-
-@contextmanager
-def _timed(costs: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    costs[stage] = costs.get(stage, 0.0) + time.perf_counter() - start
 
 
 def _title(name: str, images: int) -> str:

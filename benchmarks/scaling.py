@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tabulate import tabulate
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxmerge
+from benchmarks.stages import timed
 
-T = TypeVar("T")
 STAGES = ("trace", "find and propose", "latency", "importance", "solve")
 
 
@@ -84,27 +82,21 @@ def run(options: argparse.Namespace) -> str:
 def measured(model: nn.Module, span: int, images: int) -> tuple[int, dict[str, float]]:
     """The number of candidates scored, and the seconds of each stage."""
     seconds: dict[str, float] = {}
-
-    def timed(stage: str, work: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        result = work()
-        seconds[stage] = time.perf_counter() - start
-        return result
-
     data = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     example = data[:16]
-    graph = timed("trace", lambda: fxmerge.trace(model, example))
-    findings, proposals = timed("find and propose", lambda: _found(graph, span))
-    latency = timed("latency", lambda: fxmerge.measure_latency(findings, proposals, (example,)))
-    importance = timed("importance", lambda: fxmerge.measure_importance(findings, proposals, data))
+    with timed(seconds, "trace"):
+        graph = fxmerge.trace(model, example)
+    with timed(seconds, "find and propose"):
+        findings = fxmerge.find_segments(graph, max_units=span)
+        proposals = fxmerge.propose(findings)
+    with timed(seconds, "latency"):
+        latency = fxmerge.measure_latency(findings, proposals, (example,))
+    with timed(seconds, "importance"):
+        importance = fxmerge.measure_importance(findings, proposals, data)
     candidates = [c for p in proposals for c in p.candidates]
-    timed("solve", lambda: fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint))
+    with timed(seconds, "solve"):
+        fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint)
     return len(candidates), seconds
-
-
-def _found(graph: torch.fx.GraphModule, span: int) -> tuple[fxmerge.Findings, tuple[fxmerge.Proposal, ...]]:
-    findings = fxmerge.find_segments(graph, max_units=span)
-    return findings, fxmerge.propose(findings)
 
 
 def _curve(what: str, rows: Sequence[tuple[int, int, dict[str, float]]]) -> str:

@@ -14,10 +14,8 @@ import argparse
 import platform
 import random
 import resource
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torchvision
@@ -25,12 +23,12 @@ from tabulate import tabulate
 from torch import nn
 
 import fxmerge
+from benchmarks.stages import timed
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.measure.progress import Bars
 from fxmerge.search import Search
 from fxmerge.survey import Survey
 
-T = TypeVar("T")
 NETWORKS = ("resnet34", "mobilenet_v2", "unet")
 
 
@@ -70,33 +68,29 @@ def run(name: str, options: argparse.Namespace) -> str:
     """One network's tables as Markdown."""
     seconds: dict[str, float] = {}
 
-    def timed(stage: str, work: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        result = work()
-        seconds[stage] = time.perf_counter() - start
-        return result
-
     model = network(name)
     example = torch.randn(options.batch, 3, options.size, options.size)
     images = torch.randn(options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
     target = fxmerge.Target(channels_last=options.channels_last, backend=options.backend)
     store = fxmerge.Store(options.store) if options.store else None
     with torch.no_grad(), Bars(True) as bars:
-        graph = timed("trace", lambda: fxmerge.trace(model, example))
-        findings = timed("find segments", lambda: fxmerge.find_segments(graph))
-        proposals = timed("propose candidates", lambda: fxmerge.propose(findings))
-        latency = timed(
-            "latency table",
-            lambda: fxmerge.measure_latency(
-                findings, proposals, (example,), target=target, store=store, progress=bars(f"{name} latency")
-            ),
-        )
+        with timed(seconds, "trace"):
+            graph = fxmerge.trace(model, example)
+        with timed(seconds, "find segments"):
+            findings = fxmerge.find_segments(graph)
+        with timed(seconds, "propose candidates"):
+            proposals = fxmerge.propose(findings)
+        with timed(seconds, "latency table"):
+            told = bars(f"{name} latency")
+            latency = fxmerge.measure_latency(findings, proposals, (example,), target=target, store=store, progress=told)
         useful = fxmerge.worthwhile(proposals, latency, findings.region)
-        importance = timed("importance table", lambda: _importance(findings, useful, images, latency, store, options, bars, name))
+        with timed(seconds, "importance table"):
+            importance = _importance(findings, useful, images, latency, store, options, bars, name)
         batches = fxmerge.as_batches(images[:1], graph)
         found = Survey(name, findings, useful, batches, latency, importance, (example,), target)
         search = Search(found, 0.03)
-        front = timed("solve", lambda: search.front)
+        with timed(seconds, "solve"):
+            front = search.front
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         text = _counts(name, latency, found, importance, front, memory)
         rows = [row for speedup in options.speedups for row in _predictions(search, speedup)]

@@ -133,8 +133,7 @@ def _measure(options: argparse.Namespace) -> None:
     model, example, measuring = _measuring(options)
     with opened(measuring.pop("store")) as store, Bars(True) as bars:
         found = survey(model, example, **measuring, store=store, bars=bars)
-    front = fxmerge.solve(found.findings.region, found.candidates, found.latency, found.importance, found.findings.fingerprint)
-    print(fxmerge.explain(front))  # noqa: T201
+    print(fxmerge.explain(found.study.front()))  # noqa: T201
 
 
 def _measuring(options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
@@ -173,8 +172,7 @@ def _front(options: argparse.Namespace) -> None:
 def _read(options: argparse.Namespace) -> tuple[Study, fxmerge.ParetoFront, list[Trial]]:
     with fxmerge.Store(options.store, read_only=True) as store:
         study, trials = store.study(options.study), store.trials(options.study)
-    tables = (study.region, study.candidates, study.latency, study.importance, study.fingerprint)
-    return study, fxmerge.solve(*tables, space=options.space, objective=options.objective), trials
+    return study, study.front(space=options.space, objective=options.objective), trials
 
 
 def _trials(trials: Sequence[Trial]) -> str:

@@ -16,7 +16,7 @@ from fxmerge.budget import asked_fraction
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import InputError
-from fxmerge.measure.executors import Executor
+from fxmerge.measure.executors import Executor, ExecutorName
 from fxmerge.measure.latency import baseline
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.scoring import Scorer, fitter_of
@@ -45,7 +45,7 @@ def compress(
     timer: Timer | None = None,
     scorer: Scorer | None = None,
     store: Store | str | os.PathLike[str] | None = None,
-    executor: Executor | Literal["local", "processes", "ray"] = "local",
+    executor: Executor | ExecutorName = "local",
     operators: Operators | None = None,
     tolerance: float = 0.03,
     corrections: int = 4,

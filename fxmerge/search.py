@@ -22,7 +22,6 @@ from fxmerge.measure.timer import Progress, Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
-from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey
 
@@ -53,9 +52,7 @@ class Search:
 
     @cached_property
     def front(self) -> ParetoFront:
-        study = self.found.study
-        tables = (study.region, study.candidates, study.latency, study.importance, study.fingerprint)
-        return solve_tables(*tables, objective=self.objective)
+        return self.found.study.front(objective=self.objective)
 
     @cached_property
     def original(self) -> GraphModule:

@@ -19,7 +19,7 @@ from fxmerge.core.table import ImportanceTable, LatencyTable, Target
 from fxmerge.errors import CalibrationError, InputError, NothingToMergeError
 from fxmerge.graph.trace import as_arguments, trace
 from fxmerge.measure.calibration import Batch, as_batches
-from fxmerge.measure.executors import Executor, as_executor
+from fxmerge.measure.executors import Executor, ExecutorName, as_executor
 from fxmerge.measure.latency import measure_latency, worthwhile
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.reconstruction import Reconstruction
@@ -80,7 +80,7 @@ def survey(
     scorer: Scorer | None = None,
     objective: Objective = "additive-loss",
     store: Store | None = None,
-    executor: Executor | Literal["local", "processes", "ray"] = "local",
+    executor: Executor | ExecutorName = "local",
     operators: Operators | None = None,
     bars: Bars | None = None,
 ) -> Survey:

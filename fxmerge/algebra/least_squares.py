@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.core.geometry import Axis, Geometry
+from fxmerge.core.geometry import Axis, Geometry, in_pad_order
 
 
 def covering(geometries: Sequence[Geometry]) -> Geometry:
@@ -46,8 +46,8 @@ def patches(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> T
         (groups, rows, C_in/groups * taps), the columns in the order of a flattened weight.
     """
     spread = _spread(x, geometry.up)
-    pads = ((-axis.offset, axis.excess + axis.offset + axis.extent) for axis in reversed(geometry.axes))
-    windows = F.pad(spread, [amount for pair in pads for amount in pair])
+    pads = ((-axis.offset, axis.excess + axis.offset + axis.extent) for axis in geometry.axes)
+    windows = F.pad(spread, in_pad_order(tuple(pads)))
     for dim, axis in enumerate(geometry.axes):
         windows = windows.unfold(2 + dim, axis.extent, axis.stride)[..., :: axis.dilation]
     dims = len(geometry.axes)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.core.geometry import Axis, Geometry
+from fxmerge.core.geometry import Axis, Geometry, in_pad_order
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -30,12 +30,8 @@ def separate_padding(geometry: Geometry) -> tuple[int, ...]:
     """What must be padded (or, negative, cropped) before the convolution, in ``F.pad``'s order; empty if it can pad itself."""
     if geometry.enlarges:
         pads: tuple[tuple[int, int], ...] = tuple(_transposed(axis)[0] for axis in geometry.axes)
-        return _flat(pads) if any(map(any, pads)) else ()
-    return () if all(lo == hi >= 0 for lo, hi in geometry.padding) else _flat(geometry.padding)
-
-
-def _flat(pads: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    return tuple(amount for pair in reversed(pads) for amount in pair)
+        return in_pad_order(pads) if any(map(any, pads)) else ()
+    return () if all(lo == hi >= 0 for lo, hi in geometry.padding) else in_pad_order(geometry.padding)
 
 
 def _transposed(axis: Axis) -> tuple[tuple[int, int], int, int]:

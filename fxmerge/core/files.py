@@ -7,12 +7,14 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from fxmerge.errors import PlanError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -38,17 +40,24 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], again: str) -> Any:
-    """A value that :func:`write_json` wrote.
+def read_json(path: str | os.PathLike[str], from_json: Callable[[object], T], again: str) -> T:
+    """What :func:`write_json` wrote, made into an object.
+
+    Args:
+        path: of the file.
+        from_json: what makes it; raises PlanError where it cannot.
+        again: what to do if the file cannot be used.
 
     Raises:
-        PlanError: the file is not JSON; ``again`` says what to do.
+        PlanError: the file is not JSON, or not what is wanted.
         OSError: it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
         raise PlanError(f"{path} is damaged: it is not JSON ({fault}). {again}") from fault
+    except PlanError as fault:
+        raise PlanError(f"{path} cannot be used: {fault}. {again}") from fault
 
 
 def write_csv(path: str | os.PathLike[str], heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -369,6 +369,15 @@ class Geometry:
         return geometry
 
 
+def in_pad_order(pads: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """(before, after) of every axis in the order of ``F.pad``: the last axis first.
+
+    >>> in_pad_order(((1, 2), (3, 4)))
+    (3, 4, 1, 2)
+    """
+    return tuple(amount for pair in reversed(pads) for amount in pair)
+
+
 def whole(value: object) -> int:
     """An int as it is; anything else (a bool, a float, a string) is a ValueError, never a silent conversion."""
     if isinstance(value, bool) or not isinstance(value, int):

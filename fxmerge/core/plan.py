@@ -89,11 +89,7 @@ class Plan:
             PlanError: the file is damaged, or no plan.
             OSError: it cannot be read.
         """
-        data = read_json(path, "Make the plan again.")
-        try:
-            return cls.from_json(data)
-        except PlanError as fault:
-            raise PlanError(f"{path} cannot be used: {fault}. Make the plan again.") from fault
+        return read_json(path, cls.from_json, "Make the plan again.")
 
 
 @dataclass(frozen=True, slots=True)

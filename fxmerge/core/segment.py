@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, get_args
@@ -158,6 +158,12 @@ class Candidate:
             )
         except (KeyError, TypeError, ValueError) as fault:
             raise PlanError(f"not a candidate: {fault!r} in {data!r}") from fault
+
+
+def narrowed(proposals: Iterable[Proposal], wanted: Callable[[Candidate], bool]) -> tuple[Proposal, ...]:
+    """The proposals with the candidates that are wanted; those that have none are gone."""
+    kept = (Proposal(p.segment, tuple(filter(wanted, p.candidates))) for p in proposals)
+    return tuple(proposal for proposal in kept if proposal.candidates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,11 +170,7 @@ class LatencyTable:
             PlanError: the file is damaged, or no latency table.
             OSError: it cannot be read.
         """
-        data = read_json(path, _AGAIN)
-        try:
-            return cls.from_json(data)
-        except PlanError as fault:
-            raise PlanError(f"{path} cannot be used: {fault}. {_AGAIN}") from fault
+        return read_json(path, cls.from_json, _AGAIN)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a line for the whole, for every unit and for every candidate: for other programs; JSON is what is read back.
@@ -243,11 +239,7 @@ class ImportanceTable:
             PlanError: the file is damaged, or no importance table.
             OSError: it cannot be read.
         """
-        data = read_json(path, _AGAIN)
-        try:
-            return cls.from_json(data)
-        except PlanError as fault:
-            raise PlanError(f"{path} cannot be used: {fault}. {_AGAIN}") from fault
+        return read_json(path, cls.from_json, _AGAIN)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a line for every candidate: for other programs; JSON is what is read back."""

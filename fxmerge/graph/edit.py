@@ -49,6 +49,16 @@ def free_target(graph: GraphModule, wanted: str) -> str:
     return name
 
 
+def sharing_copy(module: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
+    """A second module with the same parameters, whose settings and parameter slots are its own; of another class if given."""
+    kind = kind or type(module)
+    twin = kind.__new__(kind)  # copy.copy refuses parametrized modules
+    twin.__dict__.update(module.__dict__)
+    for slot in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[slot] = dict(module.__dict__[slot])
+    return twin
+
+
 def add_module(graph: GraphModule, wanted: str, module: nn.Module) -> str:
     """Store a new module, in the graph's mode, under a name like the one wanted; returns the name."""
     target = free_target(graph, wanted)

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.errors import InputError
+from fxmerge.graph.edit import sharing_copy
 from fxmerge.graph.meta import KEY, Facts, facts
 from fxmerge.graph.query import attribute, kind_of
 
@@ -93,10 +94,8 @@ def _plain(part: Any) -> Any:
     if not isinstance(part, nn.Module) or not any(map(is_parametrized, part.modules())):
         return part
     computed = list(getattr(part, "parametrizations", ())) if is_parametrized(part) else []
-    kind = kind_of(part)
-    plain = kind.__new__(kind)
-    plain.__dict__.update(part.__dict__)
-    plain._parameters = dict(part._parameters) | {name: nn.Parameter(getattr(part, name).detach().clone()) for name in computed}
+    plain = sharing_copy(part, kind_of(part))
+    plain._parameters |= {name: nn.Parameter(getattr(part, name).detach().clone()) for name in computed}
     plain._modules = {name: _plain(child) for name, child in part._modules.items() if name != "parametrizations"}
     if computed:
         plain._load_state_dict_pre_hooks = OrderedDict()  # weight_norm's is a local function, which pickle refuses

@@ -84,9 +84,10 @@ def measure_latency(
             units[unit.end] = _enter(work, part, shapes)
     # The whole is timed in turn with its parts: a machine that is slow just then is so for both.
     whole = Timed(baseline(findings.graph, operators=findings.operators), as_arguments(example_inputs), thorough=True)
-    parts = {_whole_key(whole): whole} | {key: timed for key, timed in work.items() if timed is not None}
+    whole_key = _whole_key(whole)
+    parts = {whole_key: whole} | {key: timed for key, timed in work.items() if timed is not None}
     measurements = _timed(parts, timer or InterleavedTimer(), target, store, progress)
-    original = measurements.pop(_whole_key(whole))
+    original = measurements.pop(whole_key)
     nothing = Measurement(0, 0, 0, target, original.versions)
     return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, original)
 

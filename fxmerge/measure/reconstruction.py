@@ -25,7 +25,7 @@ from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
-from fxmerge.core.segment import Candidate, Proposal, Segment
+from fxmerge.core.segment import Candidate, Proposal, Segment, narrowed
 from fxmerge.core.table import Importance
 from fxmerge.errors import CalibrationError, PlanMismatchError
 from fxmerge.graph.layout import to_first, to_last
@@ -86,7 +86,7 @@ class Reconstruction:
         Warns:
             UserWarning: candidates whose equations alone are over the memory limit; they are left out.
         """
-        fitting = [Proposal(p.segment, tuple(c for c in p.candidates if _held_bytes(c) <= self.memory_bytes)) for p in proposals]
+        fitting = narrowed(proposals, lambda candidate: _held_bytes(candidate) <= self.memory_bytes)
         left_out = sum(len(p.candidates) for p in proposals) - sum(len(p.candidates) for p in fitting)
         if left_out:
             most = max(_held_bytes(c) for p in proposals for c in p.candidates)
@@ -95,7 +95,7 @@ class Reconstruction:
                 f"the largest needs {most:,}",
                 stacklevel=2,
             )
-        return _grouped([p for p in fitting if p.candidates], self.memory_bytes, at_least)
+        return _grouped(fitting, self.memory_bytes, at_least)
 
     def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
         """What scores the candidates of one task: one pass over the data for their weights, one for their scores.

@@ -63,7 +63,8 @@ def _parameters(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
     def of_map(candidate: Candidate) -> int:
         return math.prod(candidate.geometry.weight_shape) + candidate.geometry.out_channels * candidate.geometry.bias
 
-    candidates = {c.id: _with_sides(findings, p, c, of_map) for p, c in _each(proposals)}
+    shapes = _shapes(findings)
+    candidates = {c.id: _with_sides(shapes, p, c, of_map) for p, c in _each(proposals)}
     return _summed("parameters", findings, of_node, candidates)
 
 
@@ -86,7 +87,7 @@ def _multiply_adds(findings: Findings, proposals: Sequence[Proposal]) -> Resourc
     def of_map(candidate: Candidate) -> int:
         return candidate.geometry.multiply_adds(shapes[candidate.entry][2:])
 
-    candidates = {c.id: _with_sides(findings, p, c, of_map) for p, c in _each(proposals)}
+    candidates = {c.id: _with_sides(shapes, p, c, of_map) for p, c in _each(proposals)}
     return _summed("multiply_adds", findings, of_node, candidates)
 
 
@@ -105,11 +106,12 @@ def _own_multiply_adds(findings: Findings, node: Node) -> int:
     return 0
 
 
-def _with_sides(findings: Findings, proposal: Proposal, candidate: Candidate, of_map: Callable[[Candidate], int]) -> int:
+def _with_sides(
+    shapes: Mapping[str, tuple[int, ...]], proposal: Proposal, candidate: Candidate, of_map: Callable[[Candidate], int]
+) -> int:
     """What the one convolution takes, and the matrices for its side inputs, which have one pixel."""
     if candidate.kind == "identity":
         return 0
-    shapes = _shapes(findings)
     sides = sum(shapes[side][1] * candidate.geometry.out_channels for side in proposal.segment.expression.sides)
     return of_map(candidate) + sides
 

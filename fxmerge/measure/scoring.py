@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxmerge.analysis.segments import Findings
-from fxmerge.core.segment import Proposal
+from fxmerge.core.segment import Proposal, narrowed
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable
 from fxmerge.errors import InputError
 from fxmerge.measure.calibration import Batch, as_batches
@@ -141,7 +142,7 @@ def score(
     # The bar shows the first round as the first half: how many there will be in the second is not known before.
     first = work.scores(coarse, proposals, 0, 2 * _count(proposals))
     kept = wanted(findings.region, proposals, latency, ImportanceTable(first), findings.fingerprint, objective)
-    chosen = [Proposal(p.segment, some) for p in proposals if (some := tuple(c for c in p.candidates if c.id in kept))]
+    chosen = narrowed(proposals, lambda candidate: candidate.id in kept)
     log.info("%d of %d candidates are scored on all images", _count(chosen), _count(proposals))
     second = work.scores(scorer, chosen, _count(proposals), _count(proposals) + _count(chosen))
     return ImportanceTable({**first, **second})
@@ -185,49 +186,47 @@ class _Work:
 
     def scores(self, scorer: Scorer, proposals: Sequence[Proposal], before: int, total: int) -> dict[str, Importance]:
         """What the store holds, and what is scored now, in the order of the candidates."""
-        subject = self._subject(scorer)
-        held = self._held(subject, proposals)
-        left = [Proposal(p.segment, some) for p in proposals if (some := tuple(c for c in p.candidates if c.id not in held))]
-        exact = {c.id: Importance(0.0, 0, "exact") for p in left for c in p.candidates if c.exact}
-        left = [Proposal(p.segment, some) for p in left if (some := tuple(c for c in p.candidates if not c.exact))]
+        subject = Subject(*self._digests, scorer.settings) if self.store is not None else None
+        keys = {c.id: key_of(c) for p in proposals for c in p.candidates}
+        held = self._held(subject, keys)
+        exact = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact and c.id not in held}
+        left = narrowed(proposals, lambda candidate: candidate.id not in held and not candidate.exact)
         found = {**held, **exact}
         tasks = [_Task(tuple(task)) for task in scorer.tasks(self.findings, left, 4 * self.executor.workers)] if left else []
         done = before + len(found)
         self.progress(done, total)
         with contextlib.closing(self._run(scorer, tasks)) as results:
             for number, scores in results:
-                keys = {c.id: key_of(c) for p in tasks[number].proposals for c in p.candidates}
-                _check(scores, keys, scorer)
+                _check(scores, {c.id for p in tasks[number].proposals for c in p.candidates}, scorer)
                 if self.store is not None and subject is not None:
                     self.store.add_importances(subject, {keys[name]: importance for name, importance in scores.items()})
                 found.update(scores)
                 done += _count(tasks[number].proposals)
                 self.progress(done, total)
-        found.update(self._held(subject, proposals))  # another process may have been first
-        return {c.id: found[c.id] for p in proposals for c in p.candidates if c.id in found}
+        found.update(self._held(subject, keys))  # another process may have been first
+        return {name: found[name] for name in keys if name in found}
 
     def _run(self, scorer: Scorer, tasks: Sequence[_Task]) -> Generator[tuple[int, Scores], None, None]:
         if tasks:
             yield from self.executor.run(_Job(scorer, self.findings, self.batches), tasks)
 
-    def _subject(self, scorer: Scorer) -> Subject | None:
-        if self.store is None:
-            return None
-        return Subject(network_digest(self.findings.graph), data_digest(self.batches), scorer.settings)
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of the network and the data; both are read through once for all scorers."""
+        return network_digest(self.findings.graph), data_digest(self.batches)
 
-    def _held(self, subject: Subject | None, proposals: Sequence[Proposal]) -> dict[str, Importance]:
+    def _held(self, subject: Subject | None, keys: Mapping[str, str]) -> dict[str, Importance]:
         if self.store is None or subject is None:
             return {}
         held = self.store.importances(subject)
-        keys = {c.id: key_of(c) for p in proposals for c in p.candidates}
         return {name: held[key] for name, key in keys.items() if key in held}
 
 
-def _check(scores: Scores, asked: Mapping[str, str], scorer: Scorer) -> None:
+def _check(scores: Scores, asked: Set[str], scorer: Scorer) -> None:
     """What a scorer gives is of just the candidates that it was asked about, and finite numbers."""
-    if not isinstance(scores, Mapping) or scores.keys() != asked.keys():
+    if not isinstance(scores, Mapping) or scores.keys() != asked:
         raise InputError(
-            f"the scorer {scorer.settings:.60} must give a score for each of {', '.join(asked)}; it gave {scores!r:.200}"
+            f"the scorer {scorer.settings:.60} must give a score for each of {', '.join(sorted(asked))}; it gave {scores!r:.200}"
         )
     for name, importance in scores.items():
         if not isinstance(importance, Importance) or not math.isfinite(importance.loss):

@@ -13,6 +13,7 @@ score says by several sigma, or its rivals worse, to be in a plan. This is no pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from fxmerge.core.plan import ParetoFront
 from fxmerge.core.region import Unit
 from fxmerge.core.segment import Proposal
 from fxmerge.core.table import ImportanceTable, LatencyTable
-from fxmerge.solve.frontier import solve
+from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
 
 SIGMA = 0.5
@@ -56,24 +57,12 @@ def wanted(
         seed: of the factors.
     """
     known = [c for p in proposals for c in p.candidates if c.id in latency.candidates and c.id in rough.candidates]
-    losses = np.array([rough.loss(c.id) for c in known])
-    losses = np.maximum(losses, 0.0) if objective == "additive-loss" else losses
     generator = np.random.default_rng(seed)
     chosen: set[str] = set()
     for draw in range(draws):
-        factors = np.exp(sigma * generator.standard_normal(len(known))) if draw else np.ones(len(known))
-        front = solve(
-            region,
-            known,
-            [latency.candidate_ns(c.id) for c in known],
-            (losses * factors).tolist(),
-            units_ns={end: latency.unit_ns(end) for end in latency.units},
-            remainder_ns=latency.remainder_ns,
-            original_ns=latency.network.median_ns,
-            fingerprint=fingerprint,
-            objective=objective,
-            max_points=1024,
-        )
+        factors = (np.exp(sigma * generator.standard_normal(len(known))) if draw else np.ones(len(known))).tolist()
+        rescaled = {c.id: replace(rough.candidates[c.id], loss=rough.loss(c.id) * f) for c, f in zip(known, factors, strict=True)}
+        front = solve_tables(region, known, latency, ImportanceTable(rescaled), fingerprint, objective=objective, max_points=1024)
         chosen.update(candidate.id for point in _looked_at(front, most_loss) for candidate in front.plan(point).merges)
     return frozenset(chosen)
 

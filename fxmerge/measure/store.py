@@ -25,11 +25,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fxmerge.core.plan import Plan
+from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.region import Unit
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable, Measurement, Target
 from fxmerge.errors import PlanError, StoreError
+from fxmerge.solve.frontier import solve_tables
+from fxmerge.solve.objective import Objective
+from fxmerge.solve.space import SpaceName
 
 FORMAT = 1
 _APPLICATION = 0x66786D67  # "fxmg", in the header of the file
@@ -86,6 +89,11 @@ class Study:
     candidates: tuple[Candidate, ...]
     latency: LatencyTable
     importance: ImportanceTable
+
+    def front(self, *, space: SpaceName = "joint", objective: Objective = "additive-loss") -> ParetoFront:
+        """Every plan that no other beats; see :func:`fxmerge.solve`."""
+        tables = (self.region, self.candidates, self.latency, self.importance, self.fingerprint)
+        return solve_tables(*tables, space=space, objective=objective)
 
 
 @dataclass(frozen=True, slots=True)

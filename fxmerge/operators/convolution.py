@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.module import turned
 from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.segment import Reason
-from fxmerge.graph.edit import put_module
+from fxmerge.graph.edit import put_module, sharing_copy
 from fxmerge.graph.resizing import nearest_factors
 from fxmerge.operators.base import Map, Opaque, Site, Verdict
 
@@ -114,15 +113,6 @@ class AveragePool:
         padding = [(p, p) for p in _each(options.get("padding", 0), dims)]
         axes = tuple(map(Axis.convolution, kernel, _each(options.get("stride") or kernel, dims), padding, (1,) * dims))
         return Geometry(site.channels, site.channels, axes, site.channels)
-
-
-def sharing_copy(module: nn.Module) -> nn.Module:
-    """A second module with the same parameters, whose settings and parameter slots are its own."""
-    twin = type(module).__new__(type(module))  # copy.copy refuses parametrized modules
-    twin.__dict__.update(module.__dict__)
-    for slot in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[slot] = dict(module.__dict__[slot])
-    return twin
 
 
 def _padding(module: Any) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.core.geometry import Axis, Geometry
+from fxmerge.core.geometry import Axis, Geometry, in_pad_order
 from fxmerge.core.segment import Reason
 from fxmerge.operators.base import Map, Opaque, Site, Verdict
 
@@ -88,9 +88,8 @@ class ZeroPad:
         pads = self._required(site)
         space = [(0, 0)] * site.dims
         parts = [pads[0], *space, pads[1]] if site.channels_last else [pads[0], pads[1], *space]
-        flat = [amount for pair in reversed(parts) for amount in pair]
         node = site.node
-        node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (node.args[0], tuple(flat)), {}
+        node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (node.args[0], in_pad_order(parts)), {}
 
     def _required(self, site: Site) -> list[tuple[int, int]]:
         pads = self._pads(site)

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.module import convolution, convolution_with
 from fxmerge.core.expression import Expression, Halo, asked_of_operand, surplus_of
-from fxmerge.core.geometry import Geometry
+from fxmerge.core.geometry import Geometry, in_pad_order
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError, PlanMismatchError
 from fxmerge.graph.edit import (
@@ -201,7 +201,7 @@ class _Merge:
     def _pad_first(self, expression: Expression, nodes: Sequence[Node]) -> None:
         """``nodes[i]`` computes step i of the expression."""
         halos = expression.halos()
-        padded = insert_pad(self.entry, nodes[1], _flat(halos[0])) if _any(halos[0]) else self.entry
+        padded = insert_pad(self.entry, nodes[1], in_pad_order(halos[0])) if _any(halos[0]) else self.entry
         for node, step, halo in zip(nodes[1:], expression.steps[1:], halos[1:], strict=True):
             asked = asked_of_operand(step, halo)
             for index in sorted(set(step.operands)):
@@ -210,7 +210,7 @@ class _Merge:
                 source = padded if index == 0 else nodes[index]
                 surplus = tuple((a - c, b - d) for (a, b), (c, d) in zip(asked, halos[index], strict=True))
                 if _any(surplus):
-                    source = insert_pad(source, node, _flat(surplus))
+                    source = insert_pad(source, node, in_pad_order(surplus))
                 node.replace_input_with(nodes[index], source)
             if step.kind == "apply":
                 operator = self.operators.find(self.graph, node)
@@ -242,13 +242,8 @@ def _become_crop(node: Node, surplus: Halo) -> None:
     whole.meta = dict(node.meta)
     grown = (size + before + after for size, (before, after) in zip(shape[2:], surplus, strict=True))
     record(whole, merge=None, shape=(*shape[:2], *grown))
-    take_place(node, insert_pad(whole, node, tuple(-amount for amount in _flat(surplus))))
+    take_place(node, insert_pad(whole, node, tuple(-amount for amount in in_pad_order(surplus))))
 
 
 def _any(halo: Halo) -> bool:
     return any(amount for pair in halo for amount in pair)
-
-
-def _flat(halo: Halo) -> tuple[int, ...]:
-    """In the order of ``F.pad``: the last axis first."""
-    return tuple(amount for pair in reversed(halo) for amount in pair)
