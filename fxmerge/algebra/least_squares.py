@@ -3,12 +3,14 @@ r"""Weights from data: the convolution that best maps one tensor to another.
     min over W, b of   sum over positions p of |W patch_p + b - y_p|^2  +  lambda |W - W0|^2
 
 by its normal equations. With z = (patch, 1) the sums  G = sum z z^T  and  C = sum z y^T  are all that is needed of the data; they
-add up over batches, in float64, and those of a smaller kernel are a sub-matrix of those of a larger one. With groups, every group
-has equations of its own. lambda is relative to the mean of G's diagonal, and does not touch the bias.
+add up over batches, in float64, and those of a smaller kernel are a sub-matrix of those of a larger one. What is constant over
+space, a time embedding that is added inside, is one more part of z, with a matrix of its own. With groups, every group has
+equations of its own. lambda is relative to the mean of G's diagonal, and does not touch the bias.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -75,24 +77,30 @@ class NormalEquations:
 
     Args:
         geometry: covers all convolutions to be solved for; its groups are theirs.
-        gram: float64, (groups, m + 1, m + 1) with m = C_in/groups * taps.
-        targets: by name, float64, (groups, m + 1, C_out/groups).
+        gram: float64, (groups, m + e + 1, m + e + 1) with m = C_in/groups * taps.
+        targets: by name, float64, (groups, m + e + 1, C_out/groups).
         rows: positions summed so far.
+        extra: e, how many numbers constant over space every image has besides.
     """
 
     geometry: Geometry
     gram: Tensor
     targets: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
+    extra: int = 0
 
     @classmethod
-    def empty(cls, geometry: Geometry, device: torch.device | None = None) -> NormalEquations:
-        size = unknowns(geometry)
-        return cls(geometry, torch.zeros(geometry.groups, size, size, dtype=torch.float64, device=device))
+    def empty(cls, geometry: Geometry, device: torch.device | None = None, *, extra: int = 0) -> NormalEquations:
+        size = unknowns(geometry) + extra
+        return cls(geometry, torch.zeros(geometry.groups, size, size, dtype=torch.float64, device=device), extra=extra)
 
-    def add(self, x: Tensor, targets: dict[str, Tensor], positions: Tensor | None = None) -> None:
-        """Add a batch: inputs (N, C_in, *size), and for every name a target (N, C_out, *outputs)."""
+    def add(self, x: Tensor, targets: dict[str, Tensor], positions: Tensor | None = None, *, sides: Tensor | None = None) -> None:
+        """Add a batch: inputs (N, C_in, *size), for every name a target (N, C_out, *outputs), and ``sides`` (N, extra)."""
         z = patches(x, self.geometry, positions).double()
+        if sides is not None:
+            at = torch.arange(z.shape[1], device=x.device) if positions is None else positions
+            images = torch.div(at, math.prod(self.geometry.outputs(x.shape[2:])), rounding_mode="floor")
+            z = torch.cat((z, sides.double()[images].expand(len(z), -1, -1)), 2)
         z = torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2)
         self.gram += z.mT @ z
         self.rows += z.shape[1]
@@ -112,13 +120,22 @@ class NormalEquations:
             ridge: lambda, relative to the mean of the Gram matrix's diagonal.
             prior: W0, of the same geometry; None for zero.
         """
+        return self.solve_with_sides(name, geometry, ridge=ridge, prior=prior)[0]
+
+    def solve_with_sides(
+        self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None
+    ) -> tuple[Affine, Tensor]:
+        """:meth:`solve`, and the matrix (C_out, extra) that the numbers constant over space go through."""
         keep = self._columns(geometry)
         gram = self.gram[:, keep][:, :, keep]
         right = self.targets[name][:, keep]
-        weights = len(keep) - 1
+        weights = len(keep) - 1 - self.extra
         strength = ridge * gram.diagonal(dim1=1, dim2=2)[:, :weights].mean(1).clamp_min(torch.finfo(torch.float64).tiny)
         damping = torch.zeros_like(gram)
         damping.diagonal(dim1=1, dim2=2)[:, :weights] = strength[:, None]
+        if self.extra:
+            beside = gram.diagonal(dim1=1, dim2=2)[:, weights:-1].mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+            damping.diagonal(dim1=1, dim2=2)[:, weights:-1] = ridge * beside[:, None]
         if prior is not None:
             w0 = prior.weight.reshape(geometry.groups, -1, weights).mT
             right = right.clone()
@@ -127,10 +144,11 @@ class NormalEquations:
         factor, failed = torch.linalg.cholesky_ex(gram + damping)
         solution = torch.linalg.lstsq(gram + damping, right).solution if failed.any() else torch.cholesky_solve(right, factor)
         weight = solution[:, :weights].mT.reshape(geometry.weight_shape)
-        return Affine(geometry, weight, solution[:, weights].reshape(-1))
+        matrix = solution[:, weights:-1].mT.reshape(geometry.out_channels, self.extra)
+        return Affine(geometry, weight, solution[:, -1].reshape(-1)), matrix
 
     def _columns(self, geometry: Geometry) -> Tensor:
-        """Columns of the covering patch that a smaller kernel reads, and the bias's."""
+        """Columns of the covering patch that a smaller kernel reads, those of what is constant over space, and the bias's."""
         cover = self.geometry
         index = torch.arange(unknowns(cover) - 1, device=self.gram.device).reshape(-1, *cover.kernel)
         for dim, (inner, outer) in enumerate(zip(geometry.axes, cover.axes, strict=True)):
@@ -138,7 +156,8 @@ class NormalEquations:
             step = inner.dilation // outer.dilation if inner.taps > 1 else 1
             places = torch.arange(first, first + step * (inner.taps - 1) + 1, step, device=index.device)
             index = index.index_select(1 + dim, places)
-        return torch.cat((index.flatten(), torch.tensor([unknowns(cover) - 1], device=index.device)))
+        first = unknowns(cover) - 1
+        return torch.cat((index.flatten(), torch.arange(first, first + self.extra + 1, device=index.device)))
 
 
 def unknowns(geometry: Geometry) -> int:

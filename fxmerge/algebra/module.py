@@ -26,6 +26,36 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+class Scaling(nn.Module):
+    """x -> weight * x + bias, channel by channel.
+
+    Args:
+        channels: of the images.
+        channels_last: whether channels are the last dimension of an image; else they are dimension 1.
+        dtype, device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        channels_last: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels_last = channels_last
+        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1,) if self.channels_last else (-1, *(1,) * (x.dim() - 2))
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, channels_last={self.channels_last}"
+
+
 def separate_padding(geometry: Geometry) -> tuple[int, ...]:
     """What must be padded (or, negative, cropped) before the convolution, in ``F.pad``'s order; empty if it can pad itself."""
     if geometry.enlarges:

@@ -5,6 +5,10 @@ segment's prunable convolutions composes to, and of the subsets that give one ge
 norms. Subsets are not enumerated: unit by unit, the best subset for every geometry reached so far is kept.
 *Fitted* candidates are one convolution of any kernel up to the composed one, its weights to be fitted to data. *Identity* drops
 the segment altogether.
+
+A norm that depends on its input (group, layer, instance) is taken out as an activation is: in a composed candidate a scale and a
+shift of every channel, fitted to data, stand for it; a fitted one does without, or has one norm of the same kind behind its
+convolution (*moved*). That it stays where it is, is another segment's.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ class Space:
         prune: offer to prune convolutions inside segments.
         fitted: offer fitted kernels.
         identity: offer to drop a segment whose output has the shape of its input.
+        norms: offer to take out norms that depend on their input.
         merge: offer to merge several layers; without it, layers are only pruned, one at a time.
         exact: offer only what keeps the function.
         max_kernel: largest kernel offered, in taps on an axis; where the image becomes larger by u, each output reads a u-th.
@@ -48,6 +53,7 @@ class Space:
     prune: bool = True
     fitted: bool = True
     identity: bool = True
+    norms: bool = True
     merge: bool = True
     exact: bool = False
     max_kernel: int = 7
@@ -85,9 +91,9 @@ def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, .
     prunings = _Prunings(norms)
     for segment in findings.segments:
         size = _entry_size(findings, segment)
-        offered = _candidates(segment, space, prunings, _is_exact(findings, segment))
+        offered = _candidates(findings, segment, space, prunings)
         unique = {candidate.id: candidate for candidate in offered if _leaves_pixels(candidate.geometry, size)}
-        if unique:
+        if unique and (space.norms or not segment.norms):
             proposals.append(Proposal(segment, tuple(unique.values())))
     return tuple(proposals)
 
@@ -103,10 +109,15 @@ def _l1_norms(findings: Findings) -> dict[str, float]:
     return norms
 
 
-def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool) -> Iterator[Candidate]:
+def _candidates(findings: Findings, segment: Segment, space: Space, prunings: _Prunings) -> Iterator[Candidate]:
     whole = segment.expression.geometry
-    several = len(segment.convolutions) > 1 or bool(segment.activations) or _joins(segment.expression) or _resizes(segment)
-    offer = _Offer(segment)
+    several = (
+        len(segment.convolutions) > 1
+        or bool(segment.activations or segment.norms)
+        or _joins(segment.expression)
+        or _resizes(segment)
+    )
+    offer, exact = _Offer(segment), _is_exact(findings, segment)
     if space.identity and whole.preserves_shape and (space.merge or len(segment.convolutions) == 1):
         yield offer("identity", Geometry.identity(whole.in_channels, len(whole.axes)))
     if not space.merge:
@@ -117,11 +128,15 @@ def _candidates(segment: Segment, space: Space, prunings: _Prunings, exact: bool
         for geometry, (_, removed) in prunings(segment).items():
             if removed and not geometry.phased and _allowed(geometry, space):
                 yield offer("composed", geometry, removed=removed)
-    if space.fitted and not segment.expression.sides:
+    movable = _movable(findings, segment)
+    lone = bool(segment.norms) and len(segment.expression.steps) == 2  # what stands for it is fitted in the composed one, too
+    if space.fitted and not lone and not (segment.expression.sides and whole.enlarges):
         for geometry in _smaller(whole):
             small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
             if small and _allowed(geometry, space) and (several or geometry.kernel != whole.kernel):
                 yield offer("fitted", geometry)
+                if movable:
+                    yield offer("fitted", geometry, moved=movable)
 
 
 def _entry_size(findings: Findings, segment: Segment) -> tuple[int, ...]:
@@ -137,12 +152,24 @@ def _leaves_pixels(geometry: Geometry, size: Sequence[int]) -> bool:
 def _is_exact(findings: Findings, segment: Segment) -> bool:
     """Whether multiplying a segment out keeps the function, borders included: told by sizes where they tell, else by numbers."""
     expression = segment.expression
-    if segment.activations or expression.geometry.phased:
+    if segment.activations or segment.norms or expression.geometry.phased:
         return False
     if expression.keeps_borders():
         return True
     nodes = [node for name in segment.nodes if (node := node_named(findings.graph, name)) is not None]
     return expression.keeps_borders(vanishing(expression, read_maps(findings.graph, nodes, findings.verdicts, findings.operators)))
+
+
+def _movable(findings: Findings, segment: Segment) -> str:
+    """The last norm inside a segment, if it can stand behind the convolution, which gives channels first; or nothing.
+
+    One that is the segment's exit need not move: that it stays is another segment's.
+    """
+    name = segment.norms[-1] if segment.norms else segment.exit
+    norm, exit_node = node_named(findings.graph, name), node_named(findings.graph, segment.exit)
+    assert norm is not None
+    assert exit_node is not None
+    return "" if name == segment.exit or facts(norm).channels_last or facts(exit_node).channels_last else name
 
 
 @dataclass(frozen=True)
@@ -156,10 +183,13 @@ class _Offer:
         *,
         removed: Collection[str] = (),
         exact: bool = False,
+        moved: str = "",
     ) -> Candidate:
         s = self.segment
         inside = tuple(name for name in s.nodes if name in removed)
-        return Candidate(s.entry, s.exit, s.end, kind, geometry, s.activations, inside, exact)
+        norms = tuple(name for name in s.norms if name not in removed)
+        sides = s.expression.sides if kind == "fitted" else ()
+        return Candidate(s.entry, s.exit, s.end, kind, geometry, s.activations, inside, exact, norms, moved, sides)
 
 
 def _joins(expression: Expression) -> bool:

@@ -10,11 +10,11 @@ from tabulate import tabulate
 from fxmerge.analysis.candidates import propose
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import ParetoFront, Plan
-from fxmerge.core.segment import Proposal, Refusal
+from fxmerge.core.segment import Candidate, Proposal, Refusal
 from fxmerge.core.table import ImportanceTable, LatencyTable, Measurement
 from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
-from fxmerge.operators import Activation, Join, Map, Opaque, Verdict
+from fxmerge.operators import Activation, Join, Map, Norm, Opaque, Verdict
 
 #: What :func:`explain` can print.
 Subject: TypeAlias = (
@@ -88,6 +88,8 @@ def _verdict(verdict: Verdict) -> str:
         return verdict.kind
     if isinstance(verdict, Activation):
         return f"activation {verdict.name}"
+    if isinstance(verdict, Norm):
+        return f"norm of its input {verdict.name}"
     assert isinstance(verdict, Opaque)
     return "opaque"
 
@@ -98,7 +100,7 @@ def _proposals(proposals: Sequence[Proposal], latency: LatencyTable | None, impo
         segment = proposal.segment
         for number, candidate in enumerate(proposal.candidates):
             lead = (str(segment), len(segment.convolutions), len(segment.activations)) if number == 0 else ("", "", "")
-            what = f"{candidate.kind}{' pruned' if candidate.removed else ''}"
+            what = f"{candidate.kind}{' pruned' if candidate.removed else ''}{_norms_out(candidate)}"
             rows.append(
                 (*lead, what, str(candidate.geometry), "yes" if candidate.exact else "")
                 + ((_ms(latency.candidate_ns(candidate.id)) if candidate.id in latency.candidates else "",) if latency else ())
@@ -106,6 +108,14 @@ def _proposals(proposals: Sequence[Proposal], latency: LatencyTable | None, impo
             )
     heads = ["segment", "convolutions", "activations out", "candidate", "one convolution", "exact"]
     return _table("Segments and candidates", rows, (*heads, *(["ms"] if latency else []), *(["loss"] if importance else [])))
+
+
+def _norms_out(candidate: Candidate) -> str:
+    """What becomes of the norms inside."""
+    if candidate.moved:
+        return ", norm moved"
+    what = "norm fixed" if candidate.kind == "composed" else "norm out"
+    return f", {what}" if candidate.norms else ""
 
 
 def _loss(importance: ImportanceTable, name: str) -> str:
@@ -121,7 +131,7 @@ def _plan(plan: Plan, latency: LatencyTable | None, importance: ImportanceTable 
     rows = [
         (
             f"{merge.entry} -> {merge.end}",
-            merge.kind,
+            f"{merge.kind}{_norms_out(merge)}",
             str(merge.geometry) if merge.kind != "identity" else "",
             len(merge.activations),
             len(merge.removed),

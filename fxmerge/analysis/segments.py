@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from fxmerge.graph.meta import facts
 from fxmerge.graph.portable import Portable, pack
 from fxmerge.graph.query import between, fed_by_inputs, fingerprint, is_data
 from fxmerge.graph.trace import require_shapes
-from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Verdict, default_operators, read_expression
+from fxmerge.operators import Activation, Join, Map, Norm, Opaque, Operators, Verdict, default_operators, read_expression
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Findings:
         graph: the graph that was searched; not changed.
         region: its tree of chains and units.
         segments: every stretch that could become one convolution, by chain, then start, then end.
-        refusals: every convolution and activation that is in no segment, and every stretch given up, with the reason.
+        refusals: every convolution, activation and norm that is in no segment, and every stretch given up, with the reason.
         operators: the table that was used.
         verdicts: what it said of every node.
     """
@@ -104,7 +104,7 @@ def _attaches(before: Verdict, verdict: Verdict) -> bool:
         return False
     if isinstance(verdict, Map):
         return verdict.geometry.pointwise and verdict.geometry.groups == verdict.geometry.in_channels
-    return isinstance(verdict, Activation)
+    return isinstance(verdict, (Activation, Norm))
 
 
 def _side(verdict: Verdict) -> Node | None:
@@ -129,22 +129,30 @@ class _Search:
     def chain(self, chain: Chain) -> Iterator[Segment | Refusal]:
         for start in range(len(chain.units)):
             for stop in range(start + 1, min(start + self.max_units, len(chain.units)) + 1):
-                found = self.stretch(chain.cuts[start], chain.units[start:stop])
-                if found is not None:
-                    yield found
-                if isinstance(found, Refusal) or self._blocked(chain.units[stop - 1]):
+                found = self.stretches(chain.cuts[start], chain.units[start:stop])
+                yield from found
+                if any(isinstance(one, Refusal) for one in found) or self._blocked(chain.units[stop - 1]):
                     break
 
     def _blocked(self, unit: Unit) -> bool:
         return any(isinstance(self.verdicts[self.nodes[name]], Opaque) for name in unit.all_nodes())
 
-    def stretch(self, entry_name: str, units: Sequence[Unit]) -> Segment | Refusal | None:
-        """The segment over these units, a refusal, or None where there is nothing to merge."""
+    def stretches(self, entry_name: str, units: Sequence[Unit]) -> tuple[Segment | Refusal, ...]:
+        """The segments over these units, or a refusal; none where there is nothing to merge.
+
+        There are two where a norm that depends on its input stands at the end: it is kept behind the merge, as an activation is,
+        or it is part of it.
+        """
         if any(map(self._blocked, units)):
-            return None  # its opaque nodes are refused one by one
+            return ()  # its opaque nodes are refused one by one
         names = sorted((name for unit in units for name in unit.all_nodes()), key=self.order.__getitem__)
         end = self.nodes[units[-1].end]
-        kept = self._closing_activations(end, names)
+        found = [self.stretch(entry_name, end, names, kept) for kept in self._closings(end, names)]
+        refusals = [one for one in found if isinstance(one, Refusal)]
+        return (*refusals[:1],) if refusals else tuple(one for one in found if one is not None)
+
+    def stretch(self, entry_name: str, end: Node, names: Sequence[str], kept: Set[str]) -> Segment | Refusal | None:
+        """The segment over these nodes, of which some at the end are kept."""
         inner = [name for name in names if name not in kept]
         if not self._worthwhile(inner):
             return None
@@ -157,8 +165,19 @@ class _Search:
         refusal = self._check(expression, exit_node) or self._check_sides(expression, entry, inner, exit_node)
         if refusal is not None:
             return refusal
-        removed = tuple(name for name in inner if isinstance(self.verdicts[self.nodes[name]], Activation))
-        return Segment(entry_name, exit_node.name, end.name, tuple(names), removed, expression)
+        removed, norms = (
+            tuple(name for name in inner if isinstance(self.verdicts[self.nodes[name]], kind)) for kind in (Activation, Norm)
+        )
+        return Segment(entry_name, exit_node.name, end.name, tuple(names), removed, expression, norms)
+
+    def _closings(self, end: Node, names: Sequence[str]) -> Iterator[Set[str]]:
+        """What may be kept at the end of a segment: its closing activations, and those with the norm before them."""
+        kept = self._closing_activations(end, names)
+        yield kept
+        while end.name in kept:
+            end = end.args[0]  # type: ignore[assignment]
+        if isinstance(self.verdicts[end], Norm) and end.name in names:
+            yield {end.name, *kept, *self._closing_activations(end.args[0], names)}  # type: ignore[arg-type]
 
     def _closing_activations(self, end: Node, names: Sequence[str]) -> set[str]:
         """The activations that a segment ends in; they are kept."""
@@ -178,9 +197,9 @@ class _Search:
         return None
 
     def _worthwhile(self, names: Sequence[str]) -> bool:
-        """Whether there is a convolution, or more than one map, to do something about."""
+        """Whether there is a convolution, a norm that depends on its input, or more than one map, to do something about."""
         verdicts = [self.verdicts[self.nodes[name]] for name in names]
-        return any(isinstance(v, Map) and v.role == "convolution" for v in verdicts) or (
+        return any(isinstance(v, Norm) or (isinstance(v, Map) and v.role == "convolution") for v in verdicts) or (
             sum(isinstance(v, (Map, Join)) for v in verdicts) > 1
         )
 
@@ -214,7 +233,7 @@ def _leftovers(verdicts: Mapping[Node, Verdict], covered: set[str]) -> Iterator[
             continue
         if isinstance(verdict, Opaque):
             yield Refusal(node.name, verdict.reason, verdict.detail, verdict.advice, known.target, known.source)
-        elif isinstance(verdict, Activation) or (isinstance(verdict, Map) and verdict.role == "convolution"):
+        elif isinstance(verdict, (Activation, Norm)) or (isinstance(verdict, Map) and verdict.role == "convolution"):
             yield Refusal(node.name, Reason.SOLE, "no neighbour that is affine or an activation", "", known.target, known.source)
 
 

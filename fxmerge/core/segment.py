@@ -68,7 +68,9 @@ class Segment:
         end: the cut that closes the segment: ``exit``, or the kept activation behind it.
         nodes: every node after the entry up to ``end``, in graph order.
         activations: the activations inside, which a merge removes; the kept one is not among them.
-        expression: what the stretch computes once the activations inside are gone.
+        expression: what the stretch computes once the activations inside are gone, and a fixed scale and shift of every channel
+            stands for each norm that depends on its input.
+        norms: those norms.
     """
 
     entry: str
@@ -77,6 +79,7 @@ class Segment:
     nodes: tuple[str, ...]
     activations: tuple[str, ...]
     expression: Expression
+    norms: tuple[str, ...] = ()
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -98,6 +101,10 @@ class Candidate:
         activations: names of the activations removed.
         removed: names of the pruned convolutions and their norms (composed only).
         exact: whether the function of the original is kept, borders included.
+        norms: names of the norms inside that depend on their input. In a composed candidate a scale and a shift of every channel,
+            fitted to data, stand for each; in the others they are gone.
+        moved: the one of these that stands behind the convolution, its scale and shift fitted anew (fitted only); or empty.
+        sides: names of the side inputs whose matrices are fitted with the convolution (fitted only).
     """
 
     entry: str
@@ -108,6 +115,9 @@ class Candidate:
     activations: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     exact: bool = False
+    norms: tuple[str, ...] = ()
+    moved: str = ""
+    sides: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -116,14 +126,21 @@ class Candidate:
         >>> from fxmerge.core.geometry import Geometry
         >>> Candidate("x", "add", "relu", "identity", Geometry.identity(8, 2)).id
         'x->relu identity'
+        >>> Candidate("x", "add", "relu", "fitted", Geometry.identity(8, 2), norms=("norm",), moved="norm").id
+        'x->relu fitted 8->8 1x1 dw, 1 norm out, then norm'
         """
-        if self.kind == "identity":
-            return f"{self.entry}->{self.end} identity"
-        text = f"{self.entry}->{self.end} {self.kind} {self.geometry}"
-        return f"{text} pruned" if self.removed else text
+        text = f"{self.entry}->{self.end} {self.kind}" + (f" {self.geometry}" if self.kind != "identity" else "")
+        text += " pruned" if self.removed else ""
+        text += f", {len(self.norms)} norm{'s' if len(self.norms) > 1 else ''} out" if self.norms else ""
+        return f"{text}, then {self.moved}" if self.moved else text
+
+    def part(self, name: str) -> str:
+        """The name under which weights hold the map that stands for a norm, or that a side input goes through."""
+        return f"{self.id} @ {name}"
 
     def to_json(self) -> dict[str, Any]:
         """A value that ``json`` can write and :meth:`from_json` reads back."""
+        choices = {"norms": list(self.norms), "moved": self.moved, "sides": list(self.sides)}
         return {
             "entry": self.entry,
             "exit": self.exit,
@@ -133,6 +150,7 @@ class Candidate:
             "activations": list(self.activations),
             "removed": list(self.removed),
             "exact": self.exact,
+            **{key: value for key, value in choices.items() if value},
         }
 
     @classmethod
@@ -144,6 +162,8 @@ class Candidate:
         """
         try:
             names = [data["entry"], data["exit"], data["end"], *data["activations"], *data["removed"]]
+            choices = tuple(data.get("norms", ())), data.get("moved", ""), tuple(data.get("sides", ()))
+            names += [*choices[0], choices[1], *choices[2]]
             if data["kind"] not in get_args(Kind) or not all(isinstance(name, str) for name in names):
                 raise ValueError("unknown kind, or a name that is no string")
             return cls(
@@ -155,6 +175,7 @@ class Candidate:
                 tuple(data["activations"]),
                 tuple(data["removed"]),
                 bool(data["exact"]),
+                *choices,
             )
         except (KeyError, TypeError, ValueError) as fault:
             raise PlanError(f"not a candidate: {fault!r} in {data!r}") from fault

@@ -31,7 +31,7 @@ from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.store import Store, place_of
 from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, alone_on, versions
-from fxmerge.operators import Operators, default_operators, is_linear, write_map
+from fxmerge.operators import Operators, default_operators, is_linear, norm_behind, write_map
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
@@ -75,7 +75,8 @@ def measure_latency(
     candidates: dict[str, str] = {}
     for proposal in proposals:
         for candidate in proposal.candidates:
-            candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, proposal.segment.expression.sides))
+            sides = proposal.segment.expression.sides
+            candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, sides, findings.operators))
     units: dict[str, str] = {}
     replaceable = {name for proposal in proposals for name in proposal.segment.nodes}
     for unit, nodes in _units(folded, findings.region):
@@ -175,9 +176,9 @@ def _enter(work: dict[str, Timed | None], part: GraphModule, shapes: tuple[tuple
 
 
 def _candidate_module(
-    graph: GraphModule, candidate: Candidate, sides: Sequence[str]
+    graph: GraphModule, candidate: Candidate, sides: Sequence[str], operators: Operators
 ) -> tuple[GraphModule, tuple[tuple[int, ...], ...]]:
-    """What stands in the network when the candidate is taken: the convolution, its side inputs, the activation it keeps."""
+    """What stands in the network when the candidate is taken: the convolution, its side inputs, what is kept behind."""
     entry, exit_node = node_named(graph, candidate.entry), node_named(graph, candidate.exit)
     assert entry is not None
     assert exit_node is not None
@@ -196,10 +197,16 @@ def _candidate_module(
             modules[f"side_{number}"] = _matrix(shapes[-1], candidate.geometry.out_channels)
             terms.append((_placeholder(part, f"s{number}", side), f"side_{number}"))
         geometry, layout = candidate.geometry, after.channels_last
-        last = write_map(last, "convolution", geometry, linear=linear, channels_last=layout, sides=terms)[-1]
+        behind = ""
+        if candidate.moved:
+            behind = "moved"
+            norm = node_named(graph, candidate.moved)
+            assert norm is not None
+            modules[behind] = norm_behind(graph, norm, operators, candidate.geometry.out_channels)
+        last = write_map(last, "convolution", geometry, linear=linear, channels_last=layout, sides=terms, norm=behind)[-1]
     elif turned:
         last = part.call_function(torch.permute, turn(last))
-    for node in _kept_activations(graph, candidate):
+    for node in _kept_behind(graph, candidate):
         if candidate.kind == "identity" and not turned and node.target is entry.target and node.target in IDEMPOTENT:
             continue
         operand = last
@@ -225,7 +232,7 @@ def _matrix(shape: tuple[int, ...], out_channels: int) -> nn.Module:
     return convolution(geometry, bias=False, device="cpu")
 
 
-def _kept_activations(graph: GraphModule, candidate: Candidate) -> list[Node]:
+def _kept_behind(graph: GraphModule, candidate: Candidate) -> list[Node]:
     kept: list[Node] = []
     node = node_named(graph, candidate.end)
     while node is not None and node.name != candidate.exit:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmerge.algebra.affine import Affine, evaluate, evaluate_sides
+from fxmerge.algebra.affine import Affine, evaluate, evaluate_sides, pointwise
 from fxmerge.algebra.least_squares import NormalEquations, covering, unknowns
 from fxmerge.algebra.module import convolved
 from fxmerge.analysis.segments import Findings
@@ -30,12 +30,13 @@ from fxmerge.core.table import Importance
 from fxmerge.errors import CalibrationError, PlanMismatchError
 from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import node_named
+from fxmerge.graph.query import data_operands, node_named
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.replay import Replacement, Replay
-from fxmerge.operators import read_maps
+from fxmerge.measure.standins import ChannelSums
+from fxmerge.operators import norm_behind, read_maps
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
@@ -119,13 +120,13 @@ class Reconstruction:
     def fit(
         self, findings: Findings, plan: Plan, batches: Sequence[Batch], *, progress: Progress | None = None
     ) -> dict[str, Affine]:
-        """Weights for the fitted merges of a plan, one after the other from the input on.
+        """Weights for the fitted merges of a plan, and for what stands for norms, one after the other from the input on.
 
         Every merge is fitted to the student's own inputs, as the merges before it make them, and to the original's targets, so
         that errors do not add up.
 
         Returns:
-            By candidate id, the map in float64.
+            By candidate id, the map in float64; by :meth:`Candidate.part`, what its side inputs go through, what stands for a norm.
 
         Raises:
             PlanMismatchError: the plan was made for another graph, or with other limits.
@@ -135,10 +136,8 @@ class Reconstruction:
         taken: dict[str, Replacement] = {}
         weights: dict[str, Affine] = {}
         for number, merge in enumerate(plan.merges):
-            if merge.kind == "fitted":
-                weights[merge.id] = work.refit(merge, taken)
-            affine = weights.get(merge.id) or work.composed(segments[merge.id], merge)
-            taken[merge.exit] = work.replacement(segments[merge.id], merge, affine)
+            weights.update(work.refit(merge, taken))
+            taken[merge.exit] = work.replacement(segments[merge.id], merge, weights)
             if progress is not None:
                 progress(number + 1, len(plan.merges))
         return weights
@@ -150,8 +149,9 @@ class Reconstruction:
         return weights, work.loss_of(plan, weights)
 
 
-#: Candidates that share normal equations: one entry, one stride, one factor of upsampling, one output size, one number of groups.
-_Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+#: Candidates that share normal equations: one entry, one stride, one factor of upsampling, one output size, one number of groups,
+#: the same side inputs.
+_Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[str, ...]]
 
 
 @dataclass
@@ -165,6 +165,7 @@ class _Work:
     replay: Replay = field(init=False)
     starved: list[tuple[float, Candidate]] = field(init=False, default_factory=list)
     worst_starved: float = field(init=False, default=1.0)
+    fixed: dict[str, Affine] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         entries = frozenset(segment.entry for segment in self.findings.segments)
@@ -202,22 +203,24 @@ class _Work:
         """The segment that each merge of a plan is made of, by the merge's id."""
         if plan.fingerprint != self.findings.fingerprint:
             raise PlanMismatchError("this plan was made for another graph than these findings: search the graph it was made for")
-        found = {(s.entry, s.end): s for s in self.findings.segments}
-        missing = next((merge for merge in plan.merges if (merge.entry, merge.end) not in found), None)
+        found = {(s.entry, s.exit, s.end): s for s in self.findings.segments}
+        missing = next((merge for merge in plan.merges if (merge.entry, merge.exit, merge.end) not in found), None)
         if missing is not None:
             raise PlanMismatchError(
                 f"these findings hold no segment {missing.entry} -> {missing.end} for the merge {missing.id}: give find_segments "
                 "the max_units and max_extent that the plan was made with",
                 node=missing.exit,
             )
-        return {merge.id: found[merge.entry, merge.end] for merge in plan.merges}
+        return {merge.id: found[merge.entry, merge.exit, merge.end] for merge in plan.merges}
 
     def weights(self, proposals: Sequence[Proposal]) -> dict[str, Affine]:
-        """Weights for every candidate that has any."""
+        """Weights for every candidate that has any, and for the parts of it."""
+        self.fix_norms([name for p in proposals for c in p.candidates if c.kind == "composed" for name in c.norms])
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
         equations = self._equations(fitted, {})
         self.starved += [(unknowns(c.geometry) / max(1, equations[_key(c)].rows), c) for c in fitted]
-        maps = {c.id: equations[_key(c)].solve(c.exit, c.geometry, ridge=self.options.ridge) for c in fitted}
+        maps = {name: part for c in fitted for name, part in self._solved(equations[_key(c)], c).items()}
+        maps.update(self._moved([c for c in fitted if c.moved], maps, {}))
         for proposal in proposals:
             maps.update({c.id: self.composed(proposal.segment, c) for c in proposal.candidates if c.kind == "composed"})
         return maps
@@ -241,7 +244,10 @@ class _Work:
         for candidate in fitted:
             shared.setdefault(_key(candidate), []).append(candidate)
         equations = {
-            key: NormalEquations.empty(covering([c.geometry for c in members]), self.like.device) for key, members in shared.items()
+            key: NormalEquations.empty(
+                covering([c.geometry for c in members]), self.like.device, extra=self._numbers_of_sides(members[0])
+            )
+            for key, members in shared.items()
         }
         generator = torch.Generator().manual_seed(self.options.seed)
         only = fitted[0] if len(fitted) == 1 else None
@@ -255,7 +261,7 @@ class _Work:
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
                     positions = self._positions(equations[key].geometry, x, next(iter(targets.values())), generator)
-                    equations[key].add(x, targets, positions)
+                    equations[key].add(x, targets, positions, sides=self._sides(members[0], original, len(x)))
         return equations
 
     def _image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
@@ -278,16 +284,63 @@ class _Work:
         if candidate.kind == "identity":
             return Affine.identity(candidate.geometry.in_channels, len(candidate.geometry.axes))
         expression = segment.expression.without(candidate.removed)
-        return evaluate(expression, self._maps(expression))
+        return evaluate(expression, self._maps(expression, candidate))
 
-    def _maps(self, expression: Expression) -> dict[str, Affine]:
+    def _maps(self, expression: Expression, candidate: Candidate) -> dict[str, Affine]:
         graph = self.findings.graph
         nodes = [node for step in expression.steps[1:] if (node := node_named(graph, step.name)) is not None]
-        return read_maps(graph, nodes, self.findings.verdicts, self.findings.operators)
+        self.fix_norms(candidate.norms)
+        fixed = {name: self.fixed[name] for name in candidate.norms}
+        return {**read_maps(graph, nodes, self.findings.verdicts, self.findings.operators), **fixed}
 
-    def replacement(self, segment: Segment, candidate: Candidate, affine: Affine) -> Replacement:
-        """What the candidate computes from its entry and its side inputs, in the network's own dtype and layouts."""
-        names, compute = self._on_images(segment, candidate, affine)
+    def fix_norms(self, names: Sequence[str]) -> None:
+        """Find the scale and shift that stand for each of these norms, as the original runs on the data."""
+        sums = {name: ChannelSums() for name in names if name not in self.fixed}
+        for batch in self.batches if sums else ():
+            with torch.inference_mode():
+                values = self.original(batch)
+                for name, total in sums.items():
+                    total.add(self._image(data_operands(self.replay.named[name])[0].name, values), self._image(name, values))
+        self.fixed.update({name: total.solve() for name, total in sums.items()})
+
+    def _sides(self, candidate: Candidate, values: Mapping[Node, Any], images: int) -> Tensor | None:
+        """The numbers of a fitted candidate's side inputs, (images, numbers), as the original has them."""
+        found = [values[self.replay.named[name]].flatten(1).expand(images, -1) for name in candidate.sides]
+        return torch.cat(found, 1) if found else None
+
+    def _numbers_of_sides(self, candidate: Candidate) -> int:
+        return sum(math.prod((facts(self.replay.named[name]).shape or ())[1:]) for name in candidate.sides)
+
+    def _solved(self, equations: NormalEquations, candidate: Candidate) -> dict[str, Affine]:
+        """The convolution of a fitted candidate, and the matrix of each of its side inputs."""
+        affine, matrix = equations.solve_with_sides(candidate.exit, candidate.geometry, ridge=self.options.ridge)
+        sizes = [math.prod((facts(self.replay.named[name]).shape or ())[1:]) for name in candidate.sides]
+        parts = zip(candidate.sides, matrix.split(sizes, 1) if sizes else (), strict=True)
+        dims = len(candidate.geometry.axes)
+        return {candidate.id: affine, **{candidate.part(name): pointwise(part, dims) for name, part in parts}}
+
+    def _moved(self, moved: Sequence[Candidate], maps: Mapping[str, Affine], taken: Mapping[str, Replacement]) -> dict[str, Affine]:
+        """The scale and shift of the norm behind the convolution of each of these candidates, whose weights are known."""
+        sums = {c.id: ChannelSums() for c in moved}
+        for batch in self.batches if moved else ():
+            with torch.inference_mode():
+                original = self.original(batch)
+                student = self.replay.values(batch, replaced=taken, last=moved[0].entry) if taken else original
+                for candidate in moved:
+                    names, compute = self._on_images(candidate, maps)
+                    found = compute(self._image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
+                    sums[candidate.id].add(found, self._image(candidate.exit, original))
+        return {c.part(c.moved): sums[c.id].solve() for c in moved}
+
+    def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement:
+        """What the candidate computes from its entry and its side inputs, in the network's own dtype and layouts.
+
+        Args:
+            segment: that it is of.
+            candidate: whose numbers ``maps`` holds if it is fitted; if it is composed, they are worked out.
+            maps: as :meth:`weights` gives them.
+        """
+        names, compute = self._on_images(candidate, maps, segment)
         before, after = self._is_last(candidate.entry), self._is_last(candidate.exit)
 
         def replaced(x: Tensor, *sides: Tensor) -> Tensor:
@@ -295,30 +348,48 @@ class _Work:
 
         return names, replaced if before or after else compute
 
-    def _on_images(self, segment: Segment, candidate: Candidate, affine: Affine) -> Replacement:
-        """The same, channels first."""
+    def _on_images(self, candidate: Candidate, maps: Mapping[str, Affine], segment: Segment | None = None) -> Replacement:
+        """The same, channels first; of a composed candidate, its segment must be known."""
         if candidate.kind == "identity":
             return (candidate.entry,), lambda x: x
-        convolve = partial(convolved, affine)
-        if not segment.expression.sides:
-            return (candidate.entry,), convolve
-        expression = segment.expression.without(candidate.removed)
-        matrices = evaluate_sides(expression, self._maps(expression))
+        matrices = {name: maps[candidate.part(name)].weight.flatten(1) for name in candidate.sides}
+        if segment is not None and candidate.kind == "composed":
+            expression = segment.expression.without(candidate.removed)
+            matrices = evaluate_sides(expression, self._maps(expression, candidate)) if expression.sides else {}
+        affine = maps.get(candidate.id)
+        if affine is None:
+            assert segment is not None
+            affine = self.composed(segment, candidate)
+        convolve, norm = partial(convolved, affine), self._norm_behind(candidate, maps)
 
-        def with_sides(x: Tensor, *sides: Tensor) -> Tensor:
+        def with_all(x: Tensor, *sides: Tensor) -> Tensor:
             terms = zip(matrices.values(), sides, strict=True)
-            return sum((torch.einsum("oi,ni...->no...", matrix.to(s), s) for matrix, s in terms), start=convolve(x))
+            return norm(sum((torch.einsum("oi,ni...->no...", matrix.to(s), s) for matrix, s in terms), start=convolve(x)))
 
-        return (candidate.entry, *matrices), with_sides
+        return (candidate.entry, *matrices), with_all if matrices or candidate.moved else convolve
 
-    def refit(self, merge: Candidate, taken: Mapping[str, Replacement]) -> Affine:
-        """Weights for one merge inside the student made so far."""
-        equations = self._equations([merge], taken)[_key(merge)]
-        return equations.solve(merge.exit, merge.geometry, ridge=self.options.ridge)
+    def _norm_behind(self, candidate: Candidate, maps: Mapping[str, Affine]) -> Callable[[Tensor], Tensor]:
+        """The norm that is moved behind the convolution, its scale and shift too, where they are known."""
+        if not candidate.moved:
+            return lambda x: x
+        node = self.replay.named[candidate.moved]
+        norm = norm_behind(self.folded, node, self.findings.operators, candidate.geometry.out_channels).to(self.like)
+        scaling = maps.get(candidate.part(candidate.moved))
+        return norm if scaling is None else lambda x: convolved(scaling, norm(x))
+
+    def refit(self, merge: Candidate, taken: Mapping[str, Replacement]) -> dict[str, Affine]:
+        """Weights for one merge inside the student made so far, and for its parts."""
+        if merge.kind == "composed":
+            self.fix_norms(merge.norms)
+            return {merge.part(name): self.fixed[name] for name in merge.norms}
+        if merge.kind == "identity":
+            return {}
+        maps = self._solved(self._equations([merge], taken)[_key(merge)], merge)
+        return {**maps, **(self._moved([merge], maps, taken) if merge.moved else {})}
 
     def scores(self, proposals: Sequence[Proposal], maps: Mapping[str, Affine]) -> dict[str, Importance]:
         """How far the output moves for each candidate alone."""
-        pending = {c.id: (c, maps.get(c.id)) for p in proposals for c in p.candidates if not c.exact}
+        pending = {c.id: c for p in proposals for c in p.candidates if not c.exact}
         segments = {c.id: p.segment for p in proposals for c in p.candidates}
         scores = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact}
         sums = dict.fromkeys(pending, 0.0)
@@ -328,9 +399,8 @@ class _Work:
                 env = self.original(batch)
                 reference = env[self.replay.output]
                 images += images_in(batch)
-                for name, (candidate, affine) in list(pending.items()):
-                    affine = affine or self.composed(segments[name], candidate)
-                    value = self.replay.computed(self.replacement(segments[name], candidate, affine), env)
+                for name, candidate in list(pending.items()):
+                    value = self.replay.computed(self.replacement(segments[name], candidate, maps), env)
                     changed = self.replay.output_with(env, candidate.exit, value)
                     sums[name] += self.divergence(reference, changed, images_in(batch))
                     if not sums[name] / images <= self.options.hopeless:
@@ -345,8 +415,7 @@ class _Work:
         segments = self.segments_of(plan)
         taken = {}
         for merge in plan.merges:
-            affine = weights.get(merge.id) or self.composed(segments[merge.id], merge)
-            taken[merge.exit] = self.replacement(segments[merge.id], merge, affine)
+            taken[merge.exit] = self.replacement(segments[merge.id], merge, weights)
         total, images = 0.0, 0
         with torch.inference_mode():
             for batch in self.batches:
@@ -359,7 +428,8 @@ class _Work:
 
 def _key(candidate: Candidate) -> _Key:
     geometry = candidate.geometry
-    return candidate.entry, geometry.stride, geometry.up, tuple(axis.excess for axis in geometry.axes), geometry.groups
+    excess = tuple(axis.excess for axis in geometry.axes)
+    return candidate.entry, geometry.stride, geometry.up, excess, geometry.groups, candidate.sides
 
 
 def _held_bytes(candidate: Candidate) -> int:

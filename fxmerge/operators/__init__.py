@@ -15,13 +15,27 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from fxmerge.algebra.module import Scaling
 from fxmerge.graph.activations import ACTIVATIONS
 from fxmerge.operators.arithmetic import Arithmetic
-from fxmerge.operators.base import Activation, Join, Map, Opaque, Operator, Operators, Site, Verdict, channelwise
+from fxmerge.operators.base import (
+    Activation,
+    Join,
+    Map,
+    Norm,
+    NormOperator,
+    Opaque,
+    Operator,
+    Operators,
+    Site,
+    Verdict,
+    channelwise,
+)
 from fxmerge.operators.convolution import AveragePool, Convolution, Nearest, TransposedConvolution
 from fxmerge.operators.join import concat
 from fxmerge.operators.linear import Linear, turned
-from fxmerge.operators.pointwise import BatchNorm, activation, identity, norm_of_input
+from fxmerge.operators.norms import InputNorm, ScaleAndShift, norm_behind
+from fxmerge.operators.pointwise import BatchNorm, activation, identity
 from fxmerge.operators.reading import read_expression, read_maps
 from fxmerge.operators.rearranging import ChannelShuffle, PixelUnshuffle
 from fxmerge.operators.slicing import Slice, ZeroPad
@@ -31,6 +45,8 @@ __all__ = [
     "Activation",
     "Join",
     "Map",
+    "Norm",
+    "NormOperator",
     "Opaque",
     "Operator",
     "Operators",
@@ -39,6 +55,7 @@ __all__ = [
     "channelwise",
     "default_operators",
     "is_linear",
+    "norm_behind",
     "read_expression",
     "read_maps",
     "write_map",
@@ -52,7 +69,8 @@ def default_operators() -> Operators:
         **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TransposedConvolution()),
         **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BatchNorm()),
         nn.Linear: Linear(),
-        **dict.fromkeys(_INPUT_NORMS, channelwise(norm_of_input, any_layout=True)),
+        **dict.fromkeys(_INPUT_NORMS, InputNorm()),
+        Scaling: ScaleAndShift(),
         **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad2d), ZeroPad()),
         **dict.fromkeys((nn.PReLU, nn.RReLU), channelwise(activation, any_layout=True)),
         **dict.fromkeys(_IDENTITIES, channelwise(identity, any_layout=True)),

@@ -54,6 +54,19 @@ class Activation:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm whose statistics depend on its input. It is no map, but a scale and a shift of every channel may stand for it.
+
+    Args:
+        geometry: of that scale and shift.
+        name: of its kind.
+    """
+
+    geometry: Geometry
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Opaque:
     """Anything else; it stays, and this is why it cannot be merged."""
 
@@ -62,7 +75,7 @@ class Opaque:
     advice: str = ""
 
 
-Verdict: TypeAlias = Map | Join | Activation | Opaque
+Verdict: TypeAlias = Map | Join | Activation | Norm | Opaque
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +193,13 @@ class Operators:
         if any(last) and not all(last) and not turns(node):
             return Opaque(Reason.LAYOUT, f"{_describe(site)} of tensors of two layouts")
         return operator.verdict(site)
+
+
+class NormOperator(Operator, Protocol):
+    """What is asked of an operator that gives :class:`Norm` for a verdict, besides."""
+
+    def behind(self, module: nn.Module, channels: int) -> nn.Module:
+        """A new norm of the same kind for tensors of so many channels, which scales by 1 and shifts by 0."""
 
 
 def _table(modules: Mapping[type[nn.Module], Operator], functions: Mapping[object, Operator]) -> Operators:

@@ -35,12 +35,6 @@ class BatchNorm:
         return
 
 
-def norm_of_input(site: Site) -> Verdict:
-    """Group, layer and instance norms: their statistics depend on what they see."""
-    advice = "a batch norm with running statistics in its place can be merged"
-    return Opaque(Reason.BATCH_STATISTICS, f"{type(site.module).__name__}", advice)
-
-
 def identity(site: Site) -> Verdict:
     """Dropout in eval mode, nn.Identity."""
     return Map(Geometry.identity(site.channels, site.dims)) if len(site.operand_shape) > 2 else Opaque(Reason.SHAPE)

@@ -10,15 +10,15 @@ from fxmerge.algebra.affine import Affine
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Geometry
 from fxmerge.graph.meta import facts
-from fxmerge.operators.base import Activation, Join, Map, Operators, Site, Verdict
+from fxmerge.operators.base import Activation, Join, Map, Norm, Operators, Site, Verdict
 
 
 def read_expression(entry: Node, nodes: Sequence[Node], verdicts: Mapping[Node, Verdict]) -> Expression:
-    """What a stretch computes from ``entry``, its activations taken for identities.
+    """What a stretch computes from ``entry``, its activations taken for identities, a scale and a shift for each norm.
 
     Args:
         entry: the tensor that enters.
-        nodes: the stretch in graph order, the exit last; affine nodes and activations only.
+        nodes: the stretch in graph order, the exit last; affine nodes, activations and norms only.
         verdicts: of (at least) these nodes.
     """
     shape = facts(entry).image_shape
@@ -31,6 +31,8 @@ def read_expression(entry: Node, nodes: Sequence[Node], verdicts: Mapping[Node, 
         elif isinstance(verdict, Map):
             side = verdict.side.name if verdict.side is not None else ""
             steps.append(Step(node.name, "apply", (index[_first(node)],), verdict.geometry, verdict.role, side))
+        elif isinstance(verdict, Norm):
+            steps.append(Step(node.name, "apply", (index[_first(node)],), verdict.geometry, "norm"))
         elif isinstance(verdict, Activation):
             index[node] = index[_first(node)]
             continue

@@ -80,7 +80,7 @@ def _write(graph: GraphModule, merge: Candidate, student: bool) -> None:
     entry, inside = stretch(graph, exit_node, merge)
     gone = set(merge.activations) | set(merge.removed)
     if not student:
-        for name in gone:
+        for name in (*gone, *merge.norms, *merge.sides):
             _node(graph, name)
         _check_fits(merge, entry, inside)
     for node in inside:
@@ -105,17 +105,21 @@ def _not_closed(merge: Candidate, entry: Node, inside: tuple[Node, ...]) -> str:
     members = {entry, *inside}
     if not any(entry in node.all_input_nodes for node in inside):
         return f"{merge.exit} does not depend on {merge.entry}"
-    strangers = sorted((set(merge.activations) | set(merge.removed)) - {node.name for node in inside})
+    moved = {merge.moved} - {""}
+    strangers = sorted((set(merge.activations) | set(merge.removed) | set(merge.norms) | moved) - {node.name for node in inside})
     if strangers:
         return f"{', '.join(strangers)} is not inside"
+    added: set[str] = set()
     for node in inside:
         outside = [operand for operand in data_operands(node) if operand not in members]
         if outside and not is_side(node, outside):
             return f"{node.name} reads {outside[0].name}, which is outside"
+        added |= {operand.name for operand in outside}
         readers = [user for user in node.users if user not in members]
         if readers and node is not inside[-1]:
             return f"{readers[0].name}, which is outside, reads {node.name}"
-    return ""
+    unknown = sorted(added ^ set(merge.sides)) if merge.kind == "fitted" else ()
+    return f"{unknown[0]} is added inside, or is no side input" if unknown else ""
 
 
 def is_side(node: Node, operands: Sequence[Node]) -> bool:
@@ -125,7 +129,7 @@ def is_side(node: Node, operands: Sequence[Node]) -> bool:
 
 
 def _misended(merge: Candidate, exit_node: Node) -> str:
-    """Whether something else than kept activations, one after the other, leads from the exit to the end; empty where not."""
+    """Whether something else than what is kept, one node after the other, leads from the exit to the end; empty where not."""
     node = _named(exit_node.graph, merge.end)
     while node is not exit_node:
         operands = data_operands(node)

@@ -56,6 +56,9 @@ class FuseSegments(Pass):
 
     def _fuse(self, graph: GraphModule, exit_node: Node, merge: Candidate, verdicts: Mapping[Node, Verdict]) -> None:
         entry, nodes = stretch(graph, exit_node, merge)
+        normed = any(isinstance(module_of(graph, node), nn.modules.batchnorm._NormBase) for node in nodes)
+        if merge.moved or (merge.sides and not normed):  # one convolution, and what is around it, already
+            return
         if len(nodes) == 1 and isinstance(module_of(graph, exit_node), (nn.modules.conv._ConvNd, nn.Linear)):
             return  # one convolution already
         expression = read_expression(entry, nodes, verdicts)
@@ -66,11 +69,21 @@ class FuseSegments(Pass):
         linear = not sides and is_linear(affine.geometry, facts(entry), known)
         layer = convolution_with(affine, like=like, bias=affine.geometry.bias, linear=linear)
         target = add_module(graph, f"merged.{exit_node.name}", layer)
-        terms = [_put_side(graph, exit_node, name, matrix, like) for name, matrix in sides.items()]
+        terms = [_put_side(graph, exit_node, *_source(graph, merge, side), like) for side in sides.items()]
         with graph.graph.inserting_before(exit_node):
             made = write_map(entry, target, affine.geometry, linear=linear, channels_last=known.channels_last, sides=terms)
         take_place(exit_node, made[-1])
         erase(nodes[:-1])
+
+
+def _source(graph: GraphModule, merge: Candidate, side: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """A side input and its matrix; of a fitted merge, which has a layer of its own for each, what goes into that layer."""
+    name, matrix = side
+    node = node_named(graph, name)
+    module = module_of(graph, node) if merge.sides and node is not None else None
+    if node is None or not isinstance(module, nn.modules.conv._ConvNd):
+        return name, matrix
+    return node.all_input_nodes[0].name, matrix @ module.weight.detach().flatten(1).to(matrix)
 
 
 def _put_side(graph: GraphModule, exit_node: Node, name: str, matrix: Tensor, like: Tensor) -> tuple[Node, str]:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.algebra.module import convolution, convolution_with
+from fxmerge.algebra.module import Scaling, convolution, convolution_with
 from fxmerge.core.expression import Expression, Halo, asked_of_operand, surplus_of
-from fxmerge.core.geometry import Geometry, in_pad_order
+from fxmerge.core.geometry import Axis, Geometry, in_pad_order
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PassError, PlanMismatchError
 from fxmerge.graph.edit import (
@@ -43,11 +43,13 @@ from fxmerge.operators import (
     Activation,
     Join,
     Map,
+    Norm,
     Operators,
     Site,
     Verdict,
     default_operators,
     is_linear,
+    norm_behind,
     read_expression,
     write_map,
 )
@@ -60,7 +62,8 @@ class Linearize(Pass):
     """Make the student of an annotated graph.
 
     Args:
-        weights: for fitted candidates, by id, the map to start from; where there is none, torch's initialisation.
+        weights: for fitted candidates, by id, the map to start from; where there is none, torch's initialisation. By
+            :meth:`Candidate.part`, the matrix of a side input, the scale and shift for a norm, fixed or moved.
         norms: put an identity batch norm behind fitted convolutions, so that they train as the original's do.
         own: give the student parameters of its own. Without it, what is not replaced is shared with the graph given.
     """
@@ -82,13 +85,13 @@ class Linearize(Pass):
             entry, nodes = stretch(student, exit_node, merge)
             work = _Merge(student, merge, entry, nodes, self.operators)
             if merge.kind == "composed":
-                work.keep_layers()
+                work.keep_layers(self.weights)
             elif merge.kind == "identity":
                 work.check_activations()
                 work.drop()
             else:
                 work.check_activations()
-                work.replace(self.weights.get(merge.id), norm=self.norms)
+                work.replace(self.weights, norm=self.norms)
         tidy(student)
         return copy.deepcopy(student) if self.own else student
 
@@ -104,7 +107,7 @@ def linearize(
 
     Args:
         graph: from :func:`fxmerge.annotate`.
-        weights: for fitted candidates, by id, from :func:`fxmerge.fit`; where there is none, torch's initialisation.
+        weights: from :func:`fxmerge.fit`, by name of the merge or of a part of it; where there is none, torch's initialisation.
         norms: put a batch norm, for now an identity, behind every fitted convolution.
         operators: what was known of operators when the plan was made; None for the default table.
 
@@ -115,7 +118,7 @@ def linearize(
 
 
 def added_norms(student: GraphModule) -> dict[str, nn.Module]:
-    """The batch norms that ``norms=True`` put behind fitted convolutions, by qualified name."""
+    """The batch norms that ``norms=True`` put behind fitted convolutions, where no norm was moved, by qualified name."""
     exits = (node.args[0] if turns(node) else node for node, merge in merges(student) if merge.kind == "fitted")
     calls = (str(node.target) for node in exits if isinstance(node, Node) and node.op == "call_module")
     modules = {target: student.get_submodule(target) for target in calls}
@@ -139,7 +142,8 @@ class _Merge:
     def check_activations(self) -> None:
         """All activations inside go, so the plan must name them all: else it was made for a shorter stretch."""
         verdicts = self._verdicts(self.nodes)
-        left = [n.name for n in self.nodes if isinstance(verdicts[n], Activation) and n.name not in self.merge.activations]
+        known = {*self.merge.activations, *self.merge.norms}
+        left = [n.name for n in self.nodes if isinstance(verdicts[n], (Activation, Norm)) and n.name not in known]
         if left:
             raise PlanMismatchError(f"the merge {self.merge.id} leaves {', '.join(left)} inside its segment", node=left[0])
 
@@ -154,28 +158,67 @@ class _Merge:
     def _exit_becomes_identity(self, operand: Node) -> None:
         become_module(self.graph, self.exit, free_target(self.graph, f"merged.{self.exit.name}"), nn.Identity(), operand)
 
-    def replace(self, weights: Affine | None, *, norm: bool) -> None:
-        """One convolution of the candidate's geometry in place of all nodes."""
-        geometry = self.merge.geometry
+    def replace(self, parts: Mapping[str, Affine], *, norm: bool) -> None:
+        """One convolution of the candidate's geometry in place of all nodes; behind it, where one is moved there, a norm."""
+        geometry, weights = self.merge.geometry, parts.get(self.merge.id)
         if weights is not None and weights.geometry != geometry:
             raise PassError(f"the weights for {self.merge.id} are of geometry {weights.geometry}, not {geometry}")
         like = like_of(self.graph, self.entry, self.nodes)
         known = facts(self.exit)
-        linear = not norm and is_linear(geometry, facts(self.entry), known)  # a norm wants channels first
+        moved, sides = self.merge.moved, self.merge.sides
+        # A norm and what is added want channels first.
+        linear = not (norm or sides) and is_linear(geometry, facts(self.entry), known)
         made = (
             convolution(geometry, linear=linear, dtype=like.dtype, device=like.device)
             if weights is None
             else convolution_with(weights, linear=linear, like=like)
         )
         target = add_module(self.graph, f"merged.{self.exit.name}", made)
-        behind = add_module(self.graph, f"{target}_norm", _identity_norm(geometry, like)) if norm else ""
+        terms = [self._put_side(name, parts.get(self.merge.part(name)), like) for name in sides]
+        behind = ""
+        if norm or moved:
+            module = self._moved_norm(parts, like) if moved else _identity_norm(geometry, like)
+            behind = add_module(self.graph, f"{target}_norm", module)
         with self.graph.graph.inserting_before(self.exit):
-            nodes = write_map(self.entry, target, geometry, linear=linear, channels_last=known.channels_last, norm=behind)
+            nodes = write_map(
+                self.entry, target, geometry, linear=linear, channels_last=known.channels_last, sides=terms, norm=behind
+            )
         take_place(self.exit, nodes[-1])
         erase(self.nodes[:-1])
 
-    def keep_layers(self) -> None:
-        """Take out what is removed, then move all padding to the entry."""
+    def _put_side(self, name: str, matrix: Affine | None, like: Tensor) -> tuple[Node, str]:
+        """A side input, and the 1x1 convolution that it goes through before it is added."""
+        [side] = [node for node in self.graph.graph.nodes if node.name == name]
+        known = facts(side).image_shape
+        geometry = Geometry(known[1], self.merge.geometry.out_channels, (Axis(),) * (len(known) - 2))
+        made = (
+            convolution(geometry, bias=False, dtype=like.dtype, device=like.device)
+            if matrix is None
+            else convolution_with(matrix, bias=False, like=like)
+        )
+        return side, add_module(self.graph, f"merged.{self.exit.name}_{name}", made)
+
+    def _moved_norm(self, parts: Mapping[str, Affine], like: Tensor) -> nn.Module:
+        """A norm of the kind of the one that is moved, for the channels of the exit."""
+        [node] = [node for node in self.nodes if node.name == self.merge.moved]
+        try:
+            made = norm_behind(self.graph, node, self.operators, self.merge.geometry.out_channels).to(like)
+        except ValueError as fault:
+            raise PlanMismatchError(f"the merge {self.merge.id} does not fit the graph: {fault}", node=node.name) from fault
+        return _scaled(made, parts.get(self.merge.part(node.name)))
+
+    def _fix_norms(self, parts: Mapping[str, Affine], kept: Sequence[Node]) -> None:
+        """A scale and a shift of every channel in place of each norm."""
+        for node in kept:
+            if node.name in self.merge.norms:
+                known, like = facts(node), like_of(self.graph, self.entry, self.nodes)
+                made = Scaling(known.image_shape[1], channels_last=known.channels_last, dtype=like.dtype, device=like.device)
+                target = free_target(self.graph, f"merged.{node.name}_scaling")
+                scaling = _scaled(made, parts.get(self.merge.part(node.name)))
+                become_module(self.graph, node, target, scaling, cast(Node, node.args[0]))
+
+    def keep_layers(self, parts: Mapping[str, Affine]) -> None:
+        """Take out what is removed, fix the norms, then move all padding to the entry."""
         gone = set(self.merge.activations) | set(self.merge.removed)
         kept = [node for node in self.nodes if node.name not in gone]
         for node in self.nodes[:-1]:
@@ -186,6 +229,7 @@ class _Merge:
             assert isinstance(operand, Node)
             self._exit_becomes_identity(operand)
             kept.append(self.exit)
+        self._fix_norms(parts, kept)
         verdicts = self._verdicts(kept)
         left = [node.name for node in kept if not isinstance(verdicts[node], (Map, Join))]
         if left:
@@ -222,6 +266,14 @@ class _Merge:
             surplus = surplus_of(step, halo)
             if _any(surplus):
                 _become_crop(node, surplus)
+
+
+def _scaled(module: nn.Module, scaling: Affine | None) -> nn.Module:
+    """The module, which scales and shifts channels, with these numbers."""
+    if scaling is not None:
+        module.weight.data.copy_(scaling.weight.flatten())  # type: ignore[operator]
+        module.bias.data.copy_(scaling.bias)  # type: ignore[operator]
+    return module
 
 
 def _identity_norm(geometry: Geometry, like: Tensor) -> nn.Module:

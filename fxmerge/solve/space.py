@@ -38,6 +38,6 @@ def restrict(root: Unit, candidates: Sequence[Candidate], space: SpaceName) -> t
         return tuple(c for c in candidates if c.kind == "composed" and not c.removed)
     if space == "layers":
         places = Places(breadth_first(root))
-        alone = (c for c in candidates if c.kind == "identity" and not c.activations)
+        alone = (c for c in candidates if c.kind == "identity" and not c.activations and not c.norms)
         return tuple(c for c in alone if places.covered(c) == 1)
     raise InputError(f"space is {space!r}; give one of {', '.join(get_args(SpaceName))}.")

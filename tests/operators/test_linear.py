@@ -116,7 +116,7 @@ OPAQUE: dict[str, tuple[Callable[[Any, Any], Any], Reason]] = {
     "a vector for each row": (lambda s, x: s.l(x) + torch.ones(5, 1, 3), Reason.OPAQUE),
     "a permutation of space": (lambda s, x: s.l(x).permute(0, 2, 1, 3), Reason.LAYOUT),
     "a mean added": (lambda s, x: s.l(x) + s.l(x).mean((1, 2), keepdim=True), Reason.LAYOUT),
-    "a norm": (lambda s, x: s.n(s.l(x)), Reason.BATCH_STATISTICS),
+    "a norm over more than channels": (lambda s, x: s.n(s.l(x)), Reason.BATCH_STATISTICS),
     "a linear layer of an image": (lambda s, x: s.m(s.a(x)), Reason.LAYOUT),
     "a gate": (lambda s, x: s.l(x) * x, Reason.OPAQUE),
 }
@@ -126,7 +126,7 @@ class TestOpaque:
     @pytest.mark.parametrize("case", OPAQUE)
     def test_what_is_no_map_is_opaque_with_a_reason(self, case: str) -> None:
         forward, reason = OPAQUE[case]
-        modules = {"l": nn.Linear(3, 3), "n": nn.LayerNorm(3), "a": conv(5, 5, 1), "m": nn.Linear(3, 3)}
+        modules = {"l": nn.Linear(3, 3), "n": nn.LayerNorm((7, 3)), "a": conv(5, 5, 1), "m": nn.Linear(3, 3)}
         found = verdict(forward, **modules)
         assert isinstance(found, Opaque), found
         assert found.reason is reason
