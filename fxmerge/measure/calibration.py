@@ -1,13 +1,15 @@
 """Calibration data: whatever a user iterates over, checked, as batches of positional arguments.
 
 The example inputs that a graph was traced with say what its arguments are: which were given at all, and which hold one entry for
-every image, as those do that have as many as the images (the argument of most dimensions). All others are one value for all images.
+every image, as those do that have as many as the images (the argument of most dimensions). All others are one value for all images
+of an item: a tensor (a time step) may differ from item to item, which then share no batch, anything else is a constant of the graph.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,12 +91,21 @@ class _Columns:
         self.batched = [node for node, shape in shapes.items() if shape[0] == shapes[self.images][0]]
         self.devices = {parameter.device for parameter in graph.parameters()}
         self.columns: dict[Node, list[Any]] = {node: [] for node in self.given}
-        self.count = 0
+        self.lengths: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """Images so far."""
+        return sum(self.lengths)
 
     def add(self, item: Any, number: int) -> None:
         """Check one item and put each of its values into its column."""
         values = dict(zip(self.given, _arguments(item, [str(node.target) for node in self.given], number), strict=True))
         ready = {node: self._ready(node, value, f"calibration item {number}") for node, value in values.items()}
+        images = len(ready[self.images])
+        for node in self.batched:
+            if ready[node].dim() == 1 == len(ready[node]):  # one number for all images of this item
+                ready[node] = ready[node].expand(images)
         lengths = {node.name: len(ready[node]) for node in self.batched}
         if len(set(lengths.values())) > 1:
             raise CalibrationError(
@@ -103,12 +114,14 @@ class _Columns:
             )
         for node, value in ready.items():
             self.columns[node].append(value)
-        self.count += len(ready[self.images])
+        self.lengths.append(images)
 
     def _ready(self, node: Node, value: Any, where: str) -> Any:
         known = facts(node)
         if known.shape is None:
             return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and len(known.shape) < 2:
+            value = torch.tensor(value, dtype=known.dtype, device=next(iter(self.devices), None))
         checked = _checked(value, known, self.devices, where)
         if node in self.batched:
             return _batched(checked, known.shape, where)
@@ -116,14 +129,28 @@ class _Columns:
 
     def batches(self, size: int, count: int) -> tuple[Batch, ...]:
         """All that was gathered, a few images at a time."""
-        columns = {node: _joined(column) if node in self.batched else _only(column, node) for node, column in self.columns.items()}
+        batches: list[Batch] = []
+        for first, last in self._alike():
+            columns = {n: _joined(c[first:last]) if n in self.batched else c[first] for n, c in self.columns.items()}
+            there = min(sum(self.lengths[first:last]), count)
+            count -= there
+            for start in range(0, there, size):
+                part = slice(start, min(start + size, there))
+                values = {n: value[part] if n in self.batched else value for n, value in columns.items()}
+                batches.append(tuple(values[node] if node in values else node.args[0] for node in self.holders))
+        return tuple(batches)
 
-        def argument(node: Node, start: int) -> Any:
-            if node not in columns:
-                return node.args[0]
-            return columns[node][start : min(start + size, count)] if node in self.batched else columns[node]
-
-        return tuple(tuple(argument(node, start) for node in self.holders) for start in range(0, count, size))
+    def _alike(self) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) of every run of items that give the same to all arguments which are one for all images."""
+        single = [node for node in self.given if node not in self.batched]
+        for node in single:
+            if facts(node).shape is None:
+                _require_same(self.columns[node], node)
+        starts = [0]
+        for number in range(1, len(self.lengths)):
+            if not all(_same(self.columns[node][number - 1], self.columns[node][number]) for node in single):
+                starts.append(number)
+        yield from itertools.pairwise([*starts, len(self.lengths)])
 
 
 def _arguments(item: Any, names: Sequence[str], number: int) -> Sequence[Any]:
@@ -168,13 +195,14 @@ def _joined(store: Sequence[Tensor]) -> Tensor:
         raise CalibrationError(f"calibration images differ in size: {sizes[:4]}; bring them to one size first") from fault
 
 
-def _only(store: Sequence[Any], node: Node) -> Any:
-    """The value that all items give to an argument that is not batched."""
-    first = store[0]
+def _require_same(store: Sequence[Any], node: Node) -> None:
+    """All items must give the same to an argument that is no tensor."""
     for number, value in enumerate(store):
-        if not _same(first, value):
-            raise CalibrationError(f"calibration item {number} gives {node.target} another value than item 0: it is one for all")
-    return first
+        if not _same(store[0], value):
+            raise CalibrationError(
+                f"calibration item {number} gives {node.target} another value than item 0: it is one for all, for what is no "
+                "tensor is a constant of the graph. Where it should vary, trace with a tensor: one entry for every image"
+            )
 
 
 def _same(one: Any, other: Any) -> bool:
