@@ -79,6 +79,7 @@ from fxmerge.passes.reuse_memory import ReuseMemory
 from fxmerge.result import Result
 from fxmerge.saved import Loaded, load, save_student
 from fxmerge.solve.frontier import solve_tables as solve
+from fxmerge.stand_in import in_place_of
 
 __all__ = [
     "Annotate",
@@ -146,6 +147,7 @@ __all__ = [
     "find_segments",
     "fit",
     "fuse",
+    "in_place_of",
     "linearize",
     "load",
     "measure_importance",

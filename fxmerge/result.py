@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
+from torch import nn
 from torch.fx import GraphModule
 
 from fxmerge.algebra.affine import Affine
@@ -20,6 +21,7 @@ from fxmerge.measure.cost import cost
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.linearize import linearize
 from fxmerge.saved import save_student
+from fxmerge.stand_in import in_place_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class Result:
         latency, importance: the tables.
         measured: end to end, timed in turn: the baseline, the merged network.
         example_inputs: what was measured with.
-        weights: of the fitted merges, by candidate id, float64.
+        weights: of the merges, by name of the candidate or of a part of it, float64.
     """
 
     model: GraphModule
@@ -97,6 +99,13 @@ class Result:
                 refused,
             )
         )
+
+    def in_place_of(self, model: nn.Module) -> nn.Module:
+        """The merged network behind the call and the attributes of the model that was compressed; see :func:`in_place_of`.
+
+        ``pipeline.unet = result.in_place_of(pipeline.unet)``
+        """
+        return in_place_of(model, self.model, self.example_inputs)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the student's weights with the plan (safetensors), the plan alone (JSON), the report; :func:`load` reads them."""

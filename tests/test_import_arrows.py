@@ -20,7 +20,7 @@ LEVELS = {
     "errors": 0, "_version": 0,
     "core": 1, "data": 1, "budget": 1,
     "algebra": 2, "graph": 2, "solve": 2, "testing": 2,
-    "operators": 3,
+    "operators": 3, "stand_in": 3,
     "analysis": 4, "passes": 4,
     "measure": 5, "tune": 5,
     "saved": 6, "survey": 6, "interchange": 6,
