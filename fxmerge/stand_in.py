@@ -110,9 +110,7 @@ class _Call:
             raise InputError(f"{self.name} was traced with {name}: give it")
         if not isinstance(wanted, Tensor):
             if self.constant and (isinstance(value, Tensor) or value != wanted):
-                raise InputError(
-                    f"{name} is {wanted!r} in the merged network, for that is what it was traced with; found {value!r:.80}"
-                )
+                raise InputError(f"{name} is {wanted!r} in the merged network, as it was traced with; found {value!r:.80}")
             return value
         if not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=wanted.dtype, device=None if images is None else images.device)

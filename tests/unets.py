@@ -16,7 +16,7 @@ from fxmerge.graph.trace import trace
 
 
 def unet(**options: Any) -> nn.Module:
-    """The CIFAR-10 DDPM's kinds of blocks: residual, attention, strided downsampling after a pad, upsampling before a convolution."""
+    """The CIFAR-10 DDPM's kinds of blocks: residual, attention, pad and strided convolution, upsampling before a convolution."""
     settings: dict[str, Any] = {
         "sample_size": 8,
         "layers_per_block": 1,

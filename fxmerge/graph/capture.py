@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxmerge.graph.edit import free_target, put_module
-from fxmerge.graph.guard import require_size
+from fxmerge.graph.guard import require_size, require_step
 from fxmerge.graph.names import qualified
 from fxmerge.graph.spelling import read_call
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 #: Pixels by which images are made larger to see whether a graph fits other sizes; the model need accept one of them only.
 _MORE = ((1, 2), (32, 64))
+#: A model that treats some sizes apart (those that do not halve evenly) is captured for sizes that differ by multiples of these.
+_STEPS = (2, 4, 8, 16, 32)
 
 _ARGUMENT = re.compile(r"^L\['(\w+)'\]$")
 
@@ -55,7 +57,8 @@ def by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str,
 
     Image sizes are fixed first, which is quick and makes constants of paddings that the model computes from them. If the graph
     then fails at other sizes that the model accepts, it is captured again with sizes free, unless it pads by computed amounts
-    (free, these cannot be merged, and torch.export takes minutes over them). A graph of fixed sizes checks them when it runs.
+    (free, these cannot be merged, and torch.export takes minutes over them). A graph of fixed sizes, or of sizes in steps, checks
+    them when it runs.
     """
     program = _exported(model, arguments, keywords, sizes=False)
     graph = of_program(program)
@@ -66,6 +69,10 @@ def by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str,
             freed = of_program(_exported(model, arguments, keywords, sizes=True))
             if _fits_other_sizes(model, freed, arguments, keywords):
                 return freed
+            for step in _STEPS:
+                if all(_fits(model, freed, arguments, keywords, more) for more in ((step, 2 * step), (2 * step, step))):
+                    _require_steps(freed, arguments, keywords, step)
+                    return freed
         except Exception as fault:  # torch.export raises whatever the model's code raises on symbolic sizes
             log.info("not captured with free sizes: %s", fault)
     _require_sizes(graph)
@@ -88,16 +95,22 @@ def _exported(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str,
 
 def _fits_other_sizes(model: nn.Module, graph: GraphModule, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
     """Whether the graph computes what the model does at an image size that both have not seen; False where none can be had."""
-    for more in _MORE:
-        args, kwargs = _map_images(arguments, more), {k: _map_images((v,), more)[0] for k, v in keywords.items()}
-        try:
-            with torch.no_grad():
-                expected = pytree.tree_leaves(model(*_copies(args), **kwargs))
-        except Exception as fault:  # the model's own code, on a size it was perhaps not made for
-            log.debug("the model rejects images larger by %s: %s", more, fault)
-            continue
-        return _gives(graph, args, kwargs, expected)
-    return False
+    found = (_fits(model, graph, arguments, keywords, more) for more in _MORE)
+    return next((fits for fits in found if fits is not None), False)
+
+
+def _fits(
+    model: nn.Module, graph: GraphModule, arguments: Sequence[Any], keywords: Mapping[str, Any], more: tuple[int, int]
+) -> bool | None:
+    """Whether the graph computes what the model does where images are larger by so much; None where the model rejects that."""
+    args, kwargs = _map_images(arguments, more), {k: _map_images((v,), more)[0] for k, v in keywords.items()}
+    try:
+        with torch.no_grad():
+            expected = pytree.tree_leaves(model(*_copies(args), **kwargs))
+    except Exception as fault:  # the model's own code, on a size it was perhaps not made for
+        log.debug("the model rejects images larger by %s: %s", more, fault)
+        return None
+    return _gives(graph, args, kwargs, expected)
 
 
 def _gives(graph: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], expected: Sequence[Any]) -> bool:
@@ -163,6 +176,16 @@ def _require_sizes(graph: GraphModule) -> None:
         sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
         with graph.graph.inserting_after(last):
             graph.graph.call_function(require_size, (node, sizes))
+    graph.recompile()
+
+
+def _require_steps(graph: GraphModule, arguments: Sequence[Any], keywords: Mapping[str, Any], step: int) -> None:
+    """Put a check behind every image that its size is that of the example, or differs by multiples of a step."""
+    holders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(holders, pytree.tree_leaves((tuple(arguments), dict(keywords))), strict=True):
+        if isinstance(value, Tensor) and value.dim() > 3:
+            with graph.graph.inserting_after(holders[-1]):
+                graph.graph.call_function(require_step, (node, tuple(value.shape[-2:]), step))
     graph.recompile()
 
 

@@ -1,4 +1,4 @@
-"""A check that a graph of fixed sizes carries: it would otherwise compute something else for other sizes, silently."""
+"""Checks that a graph of certain sizes carries: it would otherwise compute something else for other sizes, silently."""
 
 from __future__ import annotations
 
@@ -21,4 +21,18 @@ def require_size(tensor: Tensor, sizes: Sequence[int | None]) -> None:
         raise InputError(
             f"this graph was captured for inputs of size ({wanted}) and found {found}: the model's code computes with "
             "sizes in a way that only fixed ones can be captured; trace the model again with inputs of this size"
+        )
+
+
+def require_step(tensor: Tensor, sizes: Sequence[int], step: int) -> None:
+    """Raise InputError unless the last sizes of the tensor differ from these by multiples of a step.
+
+    >>> import torch
+    >>> require_step(torch.zeros(4, 3, 12, 6), (8, 8), 2)
+    """
+    found = tuple(tensor.shape[-len(sizes) :])
+    if any((there - size) % step for size, there in zip(sizes, found, strict=True)):
+        raise InputError(
+            f"this graph was captured for images of {'x'.join(map(str, sizes))} pixels, and larger or smaller ones by multiples of "
+            f"{step}; found {'x'.join(map(str, found))}, for which the model computes in another way: trace it with such images"
         )

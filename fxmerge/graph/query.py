@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
-from fxmerge.graph.guard import require_size
+from fxmerge.graph.guard import require_size, require_step
 from fxmerge.graph.meta import facts
 from fxmerge.graph.spelling import writes
 
@@ -27,7 +27,7 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
-_EFFECTS = (operator.setitem, torch._assert, require_size)
+_EFFECTS = (operator.setitem, torch._assert, require_size, require_step)
 
 
 def has_hooks(module: nn.Module) -> bool:

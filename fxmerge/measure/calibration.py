@@ -2,7 +2,7 @@
 
 The example inputs that a graph was traced with say what its arguments are: which were given at all, and which hold one entry for
 every image, as those do that have as many as the images (the argument of most dimensions). All others are one value for all images
-of an item: a tensor (a time step) may differ from item to item, which then share no batch, anything else is a constant of the graph.
+of an item: a tensor (a time step) may differ from item to item, which then share no batch; what is no tensor is constant.
 """
 
 from __future__ import annotations
@@ -146,11 +146,9 @@ class _Columns:
         for node in single:
             if facts(node).shape is None:
                 _require_same(self.columns[node], node)
-        starts = [0]
-        for number in range(1, len(self.lengths)):
-            if not all(_same(self.columns[node][number - 1], self.columns[node][number]) for node in single):
-                starts.append(number)
-        yield from itertools.pairwise([*starts, len(self.lengths)])
+        count = len(self.lengths)
+        starts = [n for n in range(1, count) if not all(_same(self.columns[node][n - 1], self.columns[node][n]) for node in single)]
+        yield from itertools.pairwise([0, *starts, count])
 
 
 def _arguments(item: Any, names: Sequence[str], number: int) -> Sequence[Any]:
