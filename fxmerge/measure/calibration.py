@@ -80,7 +80,8 @@ def picked(batch: Batch, graph: GraphModule, index: Tensor) -> Batch:
     """The images of these numbers (K,) of a batch; arguments that are one for all images stay whole."""
     columns = _Columns(graph)
     return tuple(
-        value[index.to(value.device)] if node in columns.batched else value for node, value in zip(columns.holders, batch, strict=True)
+        value[index.to(value.device)] if node in columns.batched else value
+        for node, value in zip(columns.holders, batch, strict=True)
     )
 
 

@@ -6,9 +6,9 @@ original's; here at all cuts that exist in both at once, and the outputs with th
     loss = mean over cuts of |s - t|^2 / var(t)  +  divergence of the outputs
 
 Norms stay in eval mode: what is tuned is the function that will be merged. A step of Adam moves a weight by its step size whatever
-the gradient, so the step size of each tensor is a fraction of the tensor's own size, and no layer can be thrown out of scale because
-its weights are small (merged convolutions, with their norms folded in, differ by orders of magnitude). A part of the images is held
-out and tells which state is best; where it says that the student gets worse, the best state is taken up again at half the pace.
+the gradient, so the step size of each tensor is a fraction of the tensor's own size, and no layer can be thrown out of scale
+because its weights are small (merged convolutions, with their norms folded in, differ by orders of magnitude). A part of the images
+is held out and tells which state is best; where the student gets much worse, the best state is taken up again at half the pace.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class _Descent:
         for group, size in zip(self.adam.param_groups, self.sizes, strict=True):
             group["lr"] = size * pace * self.factor
         self.adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.adam.step()
 
 

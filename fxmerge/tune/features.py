@@ -88,10 +88,10 @@ def with_features(graph: GraphModule, names: Sequence[str]) -> GraphModule:
     taken = tuple(node for node in nodes if node is not None)
     output = twin.graph.output_node()
     codegen = twin.graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen) and codegen.pytree_info.out_spec is not None:  # exported: its outputs are flat
-        info = codegen.pytree_info
-        whole = pytree.tree_unflatten([0] * info.out_spec.num_leaves, info.out_spec)
-        codegen.pytree_info = info._replace(out_spec=pytree.tree_structure((whole, (0,) * len(taken))))
+    spec = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
+    if isinstance(codegen, _PyTreeCodeGen) and spec is not None:  # exported: its outputs are flat
+        whole = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure((whole, (0,) * len(taken))))
         output.args = ((*pytree.tree_leaves(output.args[0]), *taken),)
     else:
         output.args = ((output.args[0], taken),)
