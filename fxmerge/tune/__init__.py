@@ -8,12 +8,14 @@ from fxmerge.tune.distillation import Distillation
 from fxmerge.tune.features import shared_cuts, with_features
 from fxmerge.tune.norms import calibrate_norms
 from fxmerge.tune.recipe import Recipe, top1
+from fxmerge.tune.students import already_merged
 from fxmerge.tune.training import fine_tune
 
 __all__ = [
     "Distillation",
     "Epoch",
     "Recipe",
+    "already_merged",
     "calibrate_norms",
     "calibration_tune",
     "fine_tune",
