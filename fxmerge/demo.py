@@ -19,7 +19,7 @@ from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.result import Result
 from fxmerge.saved import save_student
-from fxmerge.tune import calibrate_norms, fine_tune
+from fxmerge.tune import Recipe, calibrate_norms, fine_tune
 
 #: Images of the test split; the other 1,347 are for training, and the first 512 of them, without labels, for calibration.
 _TEST = 450
@@ -104,30 +104,29 @@ def run_demo(
         original = _trained(digits_network(), data, epochs[0], bars("train"))
     calibration = train_x[:_CALIBRATION]
     result = compress(original, test_x[:128], speedup=speedup, calibration=calibration, timer=timer, progress=progress)
-    student, merged = _tuned(result, original, data, calibration, epochs[1], progress)
+    student, merged = _tuned(result, data, calibration, epochs[1], progress)
     report = _report(result, merged, test_x, test_y, timer)
     save_student(student, result.plan, result.example_inputs, out, report=report)
     return f"{report}\n\nplan, weights and report are in {out}"
 
 
-def _shuffled(images: Tensor, labels: Tensor) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
-    """Batches in a new order at every call."""
-    generator = torch.Generator().manual_seed(0)
+def _shuffled(images: Tensor, labels: Tensor) -> Callable[[int], Iterable[tuple[Tensor, Tensor]]]:
+    """From the number of an epoch to its batches, in an order of its own."""
 
-    def epoch() -> Iterable[tuple[Tensor, Tensor]]:
-        for index in torch.randperm(len(images), generator=generator).split(_BATCH):
+    def epoch(number: int) -> Iterable[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(len(images), generator=torch.Generator().manual_seed(number)).split(_BATCH):
             yield images[index], labels[index]
 
     return epoch
 
 
 def _trained(network: nn.Module, data: Any, epochs: int, progress: Callable[[int, int], None]) -> nn.Module:
-    steps = sum(1 for _ in data())
+    steps = sum(1 for _ in data(0))
     optimiser = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=steps * epochs + 1)
     network.train()
     for epoch in range(epochs):
-        for images, labels in data():
+        for images, labels in data(epoch):
             loss = nn.functional.cross_entropy(network(images), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -137,14 +136,13 @@ def _trained(network: nn.Module, data: Any, epochs: int, progress: Callable[[int
     return network.eval()
 
 
-def _tuned(
-    result: Result, original: nn.Module, data: Any, calibration: Tensor, epochs: int, progress: bool
-) -> tuple[GraphModule, GraphModule]:
+def _tuned(result: Result, data: Any, calibration: Tensor, epochs: int, progress: bool) -> tuple[GraphModule, GraphModule]:
     """The student with norms behind its fitted convolutions, trained briefly, and merged again."""
     fitted = result.student_with_norms()
     calibrate_norms(fitted, [(calibration,)])
+    recipe = Recipe(epochs=epochs, learning_rate=0.002)
     with Bars(progress) as bars:
-        student = fine_tune(fitted, data, teacher=original, epochs=epochs, learning_rate=0.002, progress=bars("fine-tune"))
+        student = fine_tune(fitted, data, teacher=result.findings.graph, recipe=recipe, progress=bars("fine-tune"))
     return student, fuse(student)
 
 

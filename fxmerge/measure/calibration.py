@@ -78,6 +78,15 @@ def in_parts(batches: Sequence[Batch], graph: GraphModule, images: int, *, limit
     return tuple(parts)
 
 
+def picked(batch: Batch, graph: GraphModule, index: Tensor) -> Batch:
+    """The images of these numbers (K,) of a batch; arguments that are one for all images stay whole."""
+    columns = _Columns(graph)
+    return tuple(
+        value[index.to(value.device)] if node in columns.batched else value
+        for node, value in zip(columns.holders, batch, strict=True)
+    )
+
+
 class _Columns:
     """What was gathered so far, one column for every argument that the network is given."""
 

@@ -1,144 +1,103 @@
-"""A short fine-tuning recipe: the student learns what the original says, and the labels where there are any.
-
-The student trains like any network, with any optimiser and anybody's loop; this is a small one that works. Its loss is Hinton,
-Vinyals, Dean (2015): KL divergence between the softened outputs of teacher and student, plus cross entropy on the labels.
-"""
+"""The numbers of a training run: a recipe that works, as a value."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.optim import Optimizer
 
 from fxmerge.errors import InputError
-from fxmerge.passes.linearize import added_norms
+from fxmerge.measure.digests import function_name
+from fxmerge.tune.distillation import Distillation
 
 
-def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) -> None:
-    """Give the identity norms behind fitted convolutions the statistics of what they see, in place; the function stays.
-
-    Args:
-        student: from ``linearize(..., norms=True)``; it is changed, its function in eval mode is not.
-        batches: calibration inputs, each a tuple of the network's arguments.
-    """
-    norms = added_norms(student)
-    seen: dict[str, list[Tensor]] = {name: [] for name in norms}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().double().transpose(0, 1).flatten(1)
-            seen[name].append(torch.stack((x.sum(1), (x * x).sum(1), torch.full_like(x[:, 0], x.shape[1]))))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
-    was_training = student.training
-    student.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                student(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        student.train(was_training)
-    for name, norm in norms.items():
-        if seen[name]:
-            _take(norm, torch.stack(seen[name]).sum(0))
+def top1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """1 for every image (or pixel) of whose logits (N, classes, ...) the largest is its label (N, ...), else 0; (N, ...)."""
+    return (outputs.argmax(1) == labels).float()
 
 
-def _take(norm: Any, sums: Tensor) -> None:
-    """Set running statistics, and the affine part so that eval mode computes what it did."""
-    mean = sums[0] / sums[2]
-    variance = (sums[1] / sums[2] - mean**2).clamp_min(1e-6)
-    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    shift = norm.bias.double() - norm.running_mean.double() * scale
-    with torch.no_grad():
-        norm.weight.copy_(scale * torch.sqrt(variance + norm.eps))
-        norm.bias.copy_(shift + mean * scale)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-
-
-def fine_tune(
-    student: GraphModule,
-    data: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    *,
-    teacher: nn.Module | None = None,
-    epochs: int = 1,
-    learning_rate: float = 0.01,
-    weight_decay: float = 1e-4,
-    temperature: float = 4.0,
-    steps_per_epoch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> GraphModule:
-    """Train a student for a few epochs, with the original as teacher.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student is trained: stochastic gradient descent along a cosine, with the weights averaged, the best kept.
 
     Args:
-        student: from :func:`fxmerge.linearize`; it is not changed.
-        data: called once an epoch; gives batches of (images (N, ...), labels (N,)).
-        teacher: gives logits for the same images; None trains on the labels alone.
-        epochs: how often to go through the data; 0 gives a copy.
-        learning_rate: of SGD with momentum 0.9; falls to 0 along a cosine.
-        weight_decay: of SGD.
-        temperature: by which logits are divided for the teacher's part of the loss.
-        steps_per_epoch: for the schedule; None counts one epoch first.
-        progress: called with (done, total) steps.
-
-    Returns:
-        A trained copy, in eval mode.
+        epochs: how often to go through the data; 0 for none.
+        learning_rate: the largest; it rises from 0 over the first steps, then falls to 0 along a cosine.
+        warm_up: the fraction of all steps over which it rises.
+        momentum: Nesterov's.
+        weight_decay: of weights; norms and biases have none.
+        clip: the norm that gradients are clipped to; None for no limit.
+        average: the horizon of the exponential moving average of weights and statistics, as a fraction of all steps; 0 for none.
+        loss: (outputs, labels) -> a mean over the batch.
+        metric: (outputs, labels) -> a number for each image, (N,) or (N, ...); more is better, negate a loss.
+        distillation: what the teacher counts for, where there is one.
+        optimiser: parameters -> an optimiser, instead of the one above; its learning rates follow the same curve.
+        checkpoint_steps: how often to write a checkpoint, beside at the end of every epoch; None for only then.
+        seed: of everything random.
 
     Raises:
-        InputError: the loss is no longer finite; lower the learning rate. Or there is no data.
+        InputError: a number out of range.
     """
-    trained = copy.deepcopy(student)
-    if epochs < 1:
-        return trained.eval()
-    steps = steps_per_epoch if steps_per_epoch is not None else sum(1 for _ in data())
-    total = max(1, steps * epochs)
-    optimiser = torch.optim.SGD(trained.parameters(), learning_rate, momentum=0.9, weight_decay=weight_decay, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
-    trained.train()
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).eval()
-    done = 0
-    for _ in range(epochs):
-        for images, labels in data():
-            loss = distillation_loss(trained(images), labels, _logits(teacher, images), temperature)
-            if not bool(torch.isfinite(loss)):
-                raise InputError(f"the loss is {loss.item()} after {done} steps; lower learning_rate (it is {learning_rate})")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            done += 1
-            if done < total:
-                schedule.step()
-            if progress is not None:
-                progress(min(done, total), total)
-    if not done:
-        raise InputError("data() gave no batches, so nothing was trained; return a new iterable at every call")
-    return trained.eval()
+
+    epochs: int = 3
+    learning_rate: float = 0.01
+    warm_up: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip: float | None = 5.0
+    average: float = 0.02
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    metric: Callable[[Any, Any], Tensor] = top1
+    distillation: Distillation = field(default_factory=Distillation)
+    optimiser: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
+    checkpoint_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 0:
+            raise InputError(f"epochs must be a whole number from 0 on, found {self.epochs!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be a positive number, found {self.learning_rate!r}")
+        if not 0 <= self.warm_up < 1 or not 0 <= self.average < 1:
+            raise InputError(f"warm_up and average are fractions of all steps, found {self.warm_up!r} and {self.average!r}")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip must be a positive number or None, found {self.clip!r}")
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise InputError(f"checkpoint_steps must be at least 1 or None, found {self.checkpoint_steps!r}")
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All that decides what comes out; a run goes on only from a checkpoint with the same."""
+        apart = ("distillation", "checkpoint_steps")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        values |= {f"distillation.{f.name}": getattr(self.distillation, f.name) for f in fields(self.distillation)}
+        return {name: _named(value) if callable(value) else repr(value) for name, value in values.items()}
+
+    def pace(self, step: int, steps: int) -> float:
+        """The learning rate of a step, as a fraction of the largest."""
+        rise = self.warm_up * steps
+        return min(1.0, (step + 1) / (rise + 1)) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+    def optimiser_for(self, network: nn.Module) -> Optimizer:
+        """Of a network's parameters that are trained."""
+        trained = [p for p in network.parameters() if p.requires_grad]
+        if self.optimiser is not None:
+            return self.optimiser(trained)
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        some = [group for group in groups if group["params"]]
+        return torch.optim.SGD(some, self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
 
 
-def _logits(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
-    if teacher is None:
-        return None
-    with torch.no_grad():
-        logits: Tensor = teacher(images)
-    return logits
-
-
-def distillation_loss(logits: Tensor, labels: Tensor, target: Tensor | None, temperature: float) -> Tensor:
-    """Cross entropy on labels (N,), and with a teacher's logits (N, classes) nine parts of softened KL to one of it."""
-    hard = F.cross_entropy(logits, labels)
-    if target is None:
-        return hard
-    soft = F.kl_div(
-        F.log_softmax(logits / temperature, 1), F.log_softmax(target / temperature, 1), log_target=True, reduction="batchmean"
-    )
-    return 0.9 * temperature**2 * soft + 0.1 * hard
+def _named(function: Any) -> str:
+    """A function's name; of one that has none to go by, no more than that it is one."""
+    name = getattr(function, "__qualname__", "")
+    return name if "<" in name else function_name(function)

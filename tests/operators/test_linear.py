@@ -31,7 +31,7 @@ from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import added_norms, linearize
-from fxmerge.tune.recipe import calibrate_norms
+from fxmerge.tune.norms import calibrate_norms
 from tests.fakes import PriceTimer
 from tests.laws import assert_law, random_plan, relative_error
 from tests.zoo import Net, conv

@@ -1,0 +1,92 @@
+"""Batches for training: this process's share, on its device, the same every time an epoch is gone through."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader
+
+from fxmerge.errors import InputError
+from fxmerge.tune.randomness import drawn_apart
+
+#: A DataLoader; or batches that can be gone through again and again; or what gives the batches of an epoch, by its number from 0.
+Data: TypeAlias = "DataLoader[Any] | Iterable[Any] | Callable[[int], Iterable[Any]]"
+Example: TypeAlias = "tuple[tuple[Any, ...], Any]"
+
+
+class Feed:
+    """Labelled batches, shared out between the processes of an accelerator.
+
+    A DataLoader is shared out by accelerate; of other data, process k of n takes batches k, n + k, ... and what does not go round
+    is left out in training.
+
+    Args:
+        data: gives (inputs, labels) pairs; inputs is a tensor or the tuple of a network's arguments, labels may be None.
+        accelerator: of accelerate.
+        seed: of whatever the data draws from global generators.
+    """
+
+    def __init__(self, data: Data, accelerator: Any, seed: int) -> None:
+        self.accelerator, self.seed = accelerator, seed
+        self.prepared = isinstance(data, DataLoader)
+        self.data: Any = accelerator.prepare_data_loader(data) if self.prepared else data
+        if not callable(self.data) and not isinstance(self.data, Iterable):
+            raise InputError(f"data must give batches, or be a function that does; found {type(data).__name__}")
+        if isinstance(self.data, Iterator):
+            raise InputError("data can be gone through once only; give a list, a DataLoader, or a function (epoch) -> batches")
+
+    def steps(self) -> int:
+        """Batches an epoch for each process; where the data does not say, one epoch is counted."""
+        count = len(self.data) if hasattr(self.data, "__len__") else sum(1 for _ in drawn_apart(self._batches(0), self.seed))
+        return count if self.prepared else count // int(self.accelerator.num_processes)
+
+    def epoch(self, number: int, *, skip: int = 0) -> Iterator[Example]:
+        """The batches of an epoch, the first few left out (but drawn, so that the others are what they would have been)."""
+        seed = self.seed + 1_000_003 * (number + 1)
+        if self.prepared:
+            self._start(number)
+            share = drawn_apart(self._batches(number), seed + int(self.accelerator.process_index))
+        else:
+            share = self._share(drawn_apart(self._batches(number), seed))
+        for batch in itertools.islice(share, skip, None):
+            yield self._example(batch)
+
+    def whole(self) -> Iterator[Example]:
+        """The batches that a network is judged on; where processes share them, none is left out."""
+        if self.prepared:
+            self._start(0)
+            batches: Iterable[Any] = self._batches(0)
+        else:
+            here, count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+            batches = itertools.islice(self._batches(0), here, None, count)
+        yield from map(self._example, drawn_apart(batches, self.seed))
+
+    def _start(self, number: int) -> None:
+        self.data.set_epoch(number)
+        for generator in (getattr(self.data, "generator", None), getattr(getattr(self.data, "sampler", None), "generator", None)):
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(self.seed + number)
+
+    def _batches(self, number: int) -> Iterable[Any]:
+        batches: Iterable[Any] = self.data(number) if callable(self.data) else self.data
+        return batches
+
+    def _share(self, batches: Iterator[Any]) -> Iterator[Any]:
+        here, count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+        while len(turn := list(itertools.islice(batches, count))) == count:
+            yield turn[here]
+
+    def _example(self, batch: Any) -> Example:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise InputError(
+                f"data must give (inputs, labels) pairs, labels None where there are none; found {type(batch).__name__}"
+            )
+        from accelerate.utils import send_to_device
+
+        inputs, labels = batch
+        arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        sent: Example = send_to_device((arguments, labels), self.accelerator.device)
+        return sent

@@ -1,0 +1,58 @@
+"""The norms that stand behind fitted convolutions: given the statistics of what they see, before the student is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxmerge.passes.linearize import added_norms
+
+
+def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) -> None:
+    """Give the identity norms behind fitted convolutions the statistics of what they see, in place; the function stays.
+
+    Args:
+        student: from ``linearize(..., norms=True)``; it is changed, its function in eval mode is not.
+        batches: calibration inputs, each a tuple of the network's arguments.
+    """
+    norms = added_norms(student)
+    seen: dict[str, list[Tensor]] = {name: [] for name in norms}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().double().transpose(0, 1).flatten(1)
+            seen[name].append(torch.stack((x.sum(1), (x * x).sum(1), torch.full_like(x[:, 0], x.shape[1]))))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
+    was_training = student.training
+    student.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                student(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        student.train(was_training)
+    for name, norm in norms.items():
+        if seen[name]:
+            _take(norm, torch.stack(seen[name]).sum(0))
+
+
+def _take(norm: Any, sums: Tensor) -> None:
+    """Set running statistics, and the affine part so that eval mode computes what it did."""
+    mean = sums[0] / sums[2]
+    variance = (sums[1] / sums[2] - mean**2).clamp_min(1e-6)
+    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    with torch.no_grad():
+        norm.weight.copy_(scale * torch.sqrt(variance + norm.eps))
+        norm.bias.copy_(shift + mean * scale)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)

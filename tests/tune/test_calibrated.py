@@ -1,0 +1,92 @@
+"""Tuning on unlabelled images brings a student nearer to its original, never farther, and keeps the law."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxmerge
+from fxmerge.measure.divergence import divergence
+from fxmerge.testing import assert_equivalent, assert_untouched, snapshot
+from fxmerge.tune import calibration_tune
+from tests.small import images
+from tests.tune.small import disturbed, made
+
+
+def distance(student: torch.nn.Module) -> float:
+    with torch.no_grad():
+        return float(divergence(made().network(images(64, 11)), student(images(64, 11))).mean())
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_student_comes_nearer_to_its_original_on_images_it_has_not_seen(norms: bool) -> None:
+    student = disturbed(made().with_norms if norms else made().fitted)
+    before = snapshot(student)
+    tuned = calibration_tune(student, made().graph, images(64), steps=60, batch_size=16)
+    assert_untouched(student, before)
+    assert not tuned.training
+    assert distance(tuned) < 0.7 * distance(student)
+
+
+def test_what_was_tuned_obeys_the_law() -> None:
+    student = disturbed(made().with_norms).double()
+    original = fxmerge.trace(made().network.double(), images(4).double())
+    made().network.float()
+    tuned = calibration_tune(student, original, images(64).double(), steps=10, batch_size=16)
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), tuned.parameters(), strict=True))
+    again = fxmerge.fuse(fxmerge.annotate(tuned, made().plan))
+    assert_equivalent(tuned, again, [images(3).double(), torch.randn(1, 3, 9, 17, dtype=torch.float64)])
+
+
+def test_a_step_size_far_too_large_leaves_the_student_no_worse_by_the_images_held_out() -> None:
+    tuned = calibration_tune(made().fitted, made().graph, images(64), steps=40, batch_size=16, step_size=30.0, held_out=0.5)
+    assert distance(tuned) <= 1.05 * distance(made().fitted)
+
+
+def test_the_same_seed_gives_the_same_student() -> None:
+    one, two, other = (
+        calibration_tune(disturbed(made().fitted), made().graph, images(32), steps=6, batch_size=8, seed=seed) for seed in (1, 1, 2)
+    )
+    assert_untouched(one, snapshot(two))
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_pairs_are_taken_without_their_labels_and_augmented_for_both_networks() -> None:
+    seen = []
+
+    def flipped(batch: tuple[torch.Tensor, ...], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        seen.append(len(batch))
+        return (batch[0].flip(3),)
+
+    pairs = [(images(16), torch.zeros(16)), (images(16, 1), torch.zeros(16))]
+    told: list[tuple[int, int]] = []
+    calibration_tune(
+        made().fitted, made().graph, pairs, steps=3, batch_size=8, augment=flipped, progress=lambda *at: told.append(at)
+    )
+    assert seen == [1, 1, 1]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_no_steps_give_a_copy() -> None:
+    tuned = calibration_tune(made().fitted, made().graph, images(8), steps=0)
+    assert tuned is not made().fitted
+    assert_untouched(tuned, snapshot(made().fitted))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": -1}, "steps must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"step_size": 0.0}, "step_size must be a positive"),
+        ({"held_out": 1.0}, "held_out must be a fraction"),
+    ],
+)
+def test_options_out_of_range_are_told(options: dict[str, float], told: str) -> None:
+    with pytest.raises(fxmerge.InputError, match=told):
+        calibration_tune(made().fitted, made().graph, images(8), **options)
+
+
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(fxmerge.CalibrationError, match="two images at least"):
+        calibration_tune(made().fitted, made().graph, images(1))

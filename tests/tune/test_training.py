@@ -1,0 +1,215 @@
+"""The recipe trains a copy, stays near its teacher, keeps the best, goes on where it was killed; and the law holds afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxmerge
+from fxmerge.measure.divergence import divergence
+from fxmerge.testing import assert_equivalent, assert_untouched, snapshot
+from fxmerge.tune import Distillation, Epoch, Recipe, calibrate_norms, fine_tune
+from tests.small import images
+from tests.tune.small import disturbed, made
+
+LABELS = torch.arange(16) % 5
+
+
+def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+    for seed in range(3):
+        yield images(16, 10 * epoch + seed), LABELS
+
+
+def distance(student: nn.Module) -> float:
+    with torch.no_grad():
+        return float(divergence(made().network(images(64, 11)), student(images(64, 11))).mean())
+
+
+@pytest.mark.parametrize("kind", ["layer by layer", "merged already"])
+def test_training_changes_a_copy_and_what_is_trained_obeys_the_law(kind: str) -> None:
+    student = made().with_norms if kind == "merged already" else made().composed
+    calibrate_norms(student, [(images(64),)])
+    before = snapshot(student)
+    trained = fine_tune(student, batches, teacher=made().graph, recipe=Recipe(epochs=2))
+    assert_untouched(student, before)
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), student.parameters(), strict=True))
+    assert not trained.training
+    again = fxmerge.annotate(trained, made().plan if kind == "merged already" else made().composed_plan)
+    merged = fxmerge.fuse(again)
+    assert_equivalent(trained, merged, [images(5, 9)], tolerance=1e-4)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+    trained.double()
+    again.double()
+    assert_equivalent(trained, fxmerge.fuse(again), [images(5, 9).double(), torch.randn(1, 3, 9, 17, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("teacher", ["graph", "network"])
+def test_distillation_brings_the_student_nearer_to_its_teacher(teacher: str) -> None:
+    student = disturbed(made().with_norms)
+    calibrate_norms(student, [(images(64),)])
+    unlabelled = [(images(32, seed), None) for seed in range(4)]
+    recipe = Recipe(epochs=10, learning_rate=0.002)
+    told: list[Epoch] = []
+    trained = fine_tune(student, unlabelled, teacher=getattr(made(), teacher), recipe=recipe, report=told.append)
+    assert distance(trained) < 0.7 * distance(student)
+    assert [epoch.step for epoch in told] == [4 * (i + 1) for i in range(10)]
+
+
+def test_tensors_at_the_cuts_teach_where_the_teacher_is_the_graph_of_the_student() -> None:
+    def after(features: float) -> list[Tensor]:
+        recipe = Recipe(epochs=1, distillation=Distillation(share=0.0, features=features))
+        return list(fine_tune(made().with_norms, batches, teacher=made().graph, recipe=recipe).parameters())
+
+    assert any(not torch.equal(a, b) for a, b in zip(after(0.0), after(1.0), strict=True))
+
+
+def test_the_best_by_the_validation_data_is_returned_be_it_the_student_as_it_was() -> None:
+    told: list[Epoch] = []
+    validation = [(images(32, 5), made().with_norms(images(32, 5)).argmax(1))]
+    recipe = Recipe(epochs=2, learning_rate=0.5)
+    trained = fine_tune(made().with_norms, batches, recipe=recipe, validation=validation, report=told.append)
+    assert [epoch.number for epoch in told] == [0, 1, 2]
+    assert told[0].metric == 1.0
+    assert all(epoch.metric is not None and epoch.metric < 1.0 for epoch in told[1:])
+    assert_untouched(trained, snapshot(made().with_norms))
+
+
+def test_a_metric_and_a_loss_of_ones_own_serve_other_tasks() -> None:
+    def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return (outputs - wanted).square().mean()
+
+    pairs = [(images(16, seed), torch.zeros(16, 5)) for seed in range(2)]
+    told: list[Epoch] = []
+    recipe = Recipe(epochs=4, loss=loss, metric=lambda outputs, wanted: -(outputs - wanted).square().mean(1))
+    fine_tune(made().with_norms, pairs, recipe=recipe, validation=pairs, report=told.append)
+    assert told[-1].metric is not None
+    assert told[0].metric is not None
+    assert told[-1].metric > told[0].metric
+
+
+def test_the_average_lags_behind_what_is_trained() -> None:
+    last, averaged = (fine_tune(made().with_norms, batches, recipe=Recipe(epochs=2, average=average)) for average in (0.0, 0.9))
+    start = dict(made().with_norms.named_parameters())
+
+    def moved(student: nn.Module) -> float:
+        return sum(float((p - start[name]).detach().square().sum()) for name, p in student.named_parameters())
+
+    assert 0 < moved(averaged) < moved(last)
+
+
+def test_random_numbers_are_the_same_before_and_after_and_from_run_to_run() -> None:
+    data = DataLoader(TensorDataset(images(32), torch.arange(32) % 5), batch_size=8, shuffle=True)
+    before = torch.get_rng_state()
+    one = fine_tune(made().with_norms, data, recipe=Recipe(epochs=1))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(99)
+    two = fine_tune(made().with_norms, data, recipe=Recipe(epochs=1))
+    other = fine_tune(made().with_norms, data, recipe=Recipe(epochs=1, seed=1))
+    assert_untouched(one, snapshot(two))
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_no_epochs_give_a_copy() -> None:
+    trained = fine_tune(made().fitted, batches, recipe=Recipe(epochs=0))
+    assert trained is not made().fitted
+    assert_untouched(trained, snapshot(made().fitted))
+
+
+def test_no_data_is_told() -> None:
+    with pytest.raises(fxmerge.InputError, match="data gives no batches"):
+        fine_tune(made().fitted, [])
+
+
+def test_data_that_serves_once_is_told() -> None:
+    with pytest.raises(fxmerge.InputError, match="can be gone through once only"):
+        fine_tune(made().fitted, iter([(images(2), LABELS[:2])]))
+
+
+def test_data_without_labels_is_told() -> None:
+    with pytest.raises(fxmerge.InputError, match="must give .inputs, labels. pairs"):
+        fine_tune(made().fitted, [images(2)])
+
+
+def test_a_loss_that_diverges_is_told() -> None:
+    with pytest.raises(fxmerge.InputError, match="lower learning_rate"):
+        fine_tune(made().fitted, batches, recipe=Recipe(epochs=20, learning_rate=1e9, clip=None))
+
+
+def test_the_teacher_is_not_the_student() -> None:
+    with pytest.raises(fxmerge.InputError, match="the teacher is the student itself"):
+        fine_tune(made().fitted, batches, teacher=made().fitted)
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(fxmerge.InputError, match=r"pip install 'fxmerge\[train\]'"):
+        fine_tune(made().fitted, batches)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Three processes: one goes through, one is killed in the midst of an epoch, one goes on."""
+    whole = run(tmp_path / "whole")
+    whole.wait(timeout=300)
+    assert whole.returncode == 0
+    killed = run(tmp_path / "killed", pause=True)
+    checkpoint = tmp_path / "killed" / "training.safetensors"
+    while steps_in(checkpoint) < 9:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert 9 <= steps_in(checkpoint) < 12
+    resumed = run(tmp_path / "killed")
+    assert resumed.wait(timeout=300) == 0
+    assert tensors(tmp_path / "whole" / "final.safetensors") == tensors(tmp_path / "killed" / "final.safetensors")
+    assert tensors(tmp_path / "whole" / "training.safetensors") == tensors(checkpoint)
+
+
+def run(folder: Path, *, pause: bool = False) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.tune.killed_run", str(folder), *(["pause"] if pause else [])]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def steps_in(path: Path) -> int:
+    import json
+
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return int(json.loads(file.metadata()["about"])["position"]["step"])
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    fine_tune(made().fitted, batches, recipe=Recipe(epochs=1), checkpoints=tmp_path)
+    with pytest.raises(fxmerge.PlanMismatchError, match="was written with learning_rate = 0.01, now it is 0.02"):
+        fine_tune(made().fitted, batches, recipe=Recipe(epochs=1, learning_rate=0.02), checkpoints=tmp_path)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "training.safetensors").write_bytes(b"nothing")
+    with pytest.raises(fxmerge.PlanError, match="is damaged, or no checkpoint"):
+        fine_tune(made().fitted, batches, checkpoints=tmp_path)
+
+
+def test_a_run_that_is_finished_gives_its_result_again(tmp_path: Path) -> None:
+    one = fine_tune(made().with_norms, batches, recipe=Recipe(epochs=1), checkpoints=tmp_path)
+    told: list[Epoch] = []
+    two = fine_tune(made().with_norms, batches, recipe=Recipe(epochs=1), checkpoints=tmp_path, report=told.append)
+    assert_untouched(one, snapshot(two))
+    assert told == []
