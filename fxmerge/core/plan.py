@@ -62,7 +62,7 @@ class Plan:
         if not isinstance(data, Mapping):
             raise PlanError(f"not a plan: expected an object, found {type(data).__name__}")
         if data.get("format") != FORMAT:
-            raise PlanError(f"not a plan of format {FORMAT}: its format is {data.get('format')!r}")
+            raise PlanError(f"not a plan of format {FORMAT}: its format is {data.get('format')!r:.40}")
         try:
             latency = None if data["latency_ns"] is None else whole(data["latency_ns"])
             if not isinstance(data["fingerprint"], str):
@@ -72,7 +72,7 @@ class Plan:
                 raise ValueError("the objective is no string")
             merges = tuple(Candidate.from_json(merge) for merge in data["merges"])
             return cls(data["fingerprint"], merges, latency, float(data["loss"]), objective)
-        except (KeyError, TypeError, ValueError) as fault:
+        except (KeyError, TypeError, ValueError, OverflowError) as fault:
             if isinstance(fault, PlanError):
                 raise
             raise PlanError(f"not a plan: {fault!r}") from fault

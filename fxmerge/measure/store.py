@@ -440,7 +440,7 @@ def _json(value: object) -> str:
 
 def _study(name: str, data: Mapping[str, Any]) -> Study:
     if data["format"] != FORMAT:
-        raise PlanError(f"its format is {data['format']!r}")
+        raise PlanError(f"its format is {data['format']!r:.40}")
     latency, importance = LatencyTable.from_json(data["latency"]), ImportanceTable.from_json(data["importance"])
     candidates = tuple(Candidate.from_json(candidate) for candidate in data["candidates"])
     return Study(name, str(data["fingerprint"]), Unit.from_json(data["region"]), candidates, latency, importance)
