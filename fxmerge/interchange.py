@@ -18,6 +18,7 @@ import ast
 import csv
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -328,8 +329,15 @@ _MOST_LOSS = 700.0  # exp(-loss) is a float of full precision up to 708
 def _the_chain(root: Unit, candidates: Sequence[Candidate]) -> Chain:
     homes = {unit.end: chain for above in root.walk() for chain in above.children for unit in chain.units}
     chains = {id(homes[c.end]): homes[c.end] for c in candidates if c.end in homes}
-    if len(chains) != 1:
-        raise InputError(f"candidates lie in {len(chains)} chains; their format has one. Offer those of one.")
+    if not chains:
+        raise InputError("no candidate is in both tables, and in this network: nothing can be written. Measure these proposals.")
+    if len(chains) > 1:
+        held = Counter(id(homes[c.end]) for c in candidates if c.end in homes)
+        told = [f"{held[key]} from {c.cuts[0]!r} to {c.cuts[-1]!r}" for key, c in chains.items()]
+        raise InputError(
+            f"candidates lie in {len(chains)} chains: {', '.join(told[:5])}{', ...' if told[5:] else ''}. Blocks have branches; "
+            "their format has one chain of layers. Give the proposals whose segments start and end between the same two."
+        )
     return next(iter(chains.values()))
 
 

@@ -265,5 +265,16 @@ def test_a_network_with_branches_is_no_chain_of_theirs(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.b(torch.relu(self.a(x)))
 
-    with pytest.raises(InputError, match=r"lie in 2 chains; their format has one"):
+    message = (
+        r"lie in 2 chains: [0-9]+ from 'input_1' to '_1_add', [0-9]+ from '_0' to '_1_b'\. Blocks have branches; .*"
+        r"Give the proposals whose segments start and end between the same two"
+    )
+    with pytest.raises(InputError, match=message):
         write_published(*chain_of(nn.Conv2d(4, 4, 3, padding=1), Block()), tmp_path / "a", tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_candidate_in_both_tables_it_is_said_that_nothing_can_be_written(tmp_path: Path) -> None:
+    findings, proposals, latency, _ = chain_of(*three())
+    with pytest.raises(InputError, match="no candidate is in both tables, and in this network: nothing can be written"):
+        write_published(findings, proposals, latency, ImportanceTable({}), tmp_path / "a", tmp_path / "b")
