@@ -164,6 +164,11 @@ class TestParetoFront:
         with pytest.raises(InputError, match="a budget is a number of nanoseconds from 0 on, found"):
             self.FRONT.pick(budget)  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("budget", [float("nan"), float("inf"), True, "2x", None])
+    def test_the_index_of_what_is_no_budget_is_told(self, budget: object) -> None:
+        with pytest.raises(InputError, match="a budget is a number of nanoseconds from 0 on, found"):
+            self.FRONT.index(budget)  # type: ignore[arg-type]
+
     def test_a_budget_of_nothing_is_an_error_too(self) -> None:
         with pytest.raises(BudgetError, match="no plan runs in"):
             self.FRONT.pick(0)

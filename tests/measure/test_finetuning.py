@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +183,15 @@ def test_a_holdout_of_labels_that_the_network_does_not_know_is_told(found, label
 def test_data_and_numbers_of_no_use_are_told_at_once(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         fxmerge.FineTuning(**{"train": BATCHES, "holdout": BATCHES, **options})  # type: ignore[arg-type]
+
+
+def test_a_store_knows_a_custom_scorer_by_its_name_alone(found, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    some = [fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.kind == "composed" and not c.exact)) for p in proposals]
+    losses = []
+    with fxmerge.Store(tmp_path / "tables.db") as store:
+        for name, loss in (("mine", 1.0), ("mine", 2.0), ("mine 2", 2.0)):
+            scorer = fxmerge.Custom(name, lambda *_, loss=loss: loss)
+            table = fxmerge.measure_importance(findings, some, images(8), scorer=scorer, store=store)
+            losses.append({found.loss for found in table.candidates.values()})
+    assert losses == [{1.0}, {1.0}, {2.0}]
