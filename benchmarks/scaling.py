@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --out benchmarks/results/scaling.md
 
 Networks are chains of residual blocks of one width, random weights, 32 x 32 pixels. Each stage is timed at each size; the exponent
-is the slope of log(seconds) over log(size) by least squares: 1 is linear. Last, by arithmetic from the measured time of a task,
-what many devices would change.
+is the slope of log(seconds) over log(size) by least squares: 1 is linear. Last, by arithmetic from the measured times of all tasks,
+what 1,000 devices would change (:mod:`benchmarks.cluster`). ``--plot scaling.png`` draws the curves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxmerge
+from benchmarks.cluster import Watched, report
 from benchmarks.stages import timed
+from fxmerge.core.segment import narrowed
 
+SPANS = "units a segment may span"
 STAGES = ("trace", "find and propose", "latency", "importance", "solve")
 
 
@@ -50,33 +53,39 @@ def main() -> None:
     parser.add_argument("--spans", type=int, nargs="+", default=[1, 2, 4, 8], help="units a segment may span")
     parser.add_argument("--images", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 100, 1000], help="to do the arithmetic for")
+    parser.add_argument("--steps", type=int, default=20, help="of fine-tuning each candidate, in that arithmetic; 0 leaves it out")
+    parser.add_argument("--plot", type=Path, help="picture to draw the curves into (needs matplotlib)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    report = run(options)
-    print(report)  # noqa: T201
+    text = run(options)
+    print(text)  # noqa: T201
     if options.out:
-        options.out.write_text(report + "\n", encoding="utf-8")
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 def run(options: argparse.Namespace) -> str:
     """The curves as Markdown."""
-    middle = options.blocks[len(options.blocks) // 2 - 1]
+    middle = options.blocks[(len(options.blocks) - 1) // 2]
     images = options.images[0]
     plans: dict[str, list[tuple[int, int, int, int]]] = {
         "blocks": [(blocks, blocks, 4, images) for blocks in options.blocks],
-        "units a segment may span": [(span, middle, span, images) for span in options.spans],
+        SPANS: [(span, middle, span, images) for span in options.spans],
         "calibration images": [(count, middle, 4, count) for count in options.images],
     }
-    parts, last = [], (0, {})
+    measured(network(1, options.width), 1, images)  # what torch does once, it does here
+    parts, curves = [], {}
     with tqdm(total=sum(map(len, plans.values()))) as bar:
         for what, runs in plans.items():
             rows = []
             for size, blocks, span, count in runs:
-                last = measured(network(blocks, options.width), span, count)
-                rows.append((size, *last))
+                rows.append((size, *measured(network(blocks, options.width), span, count)))
                 bar.update()
             parts.append(_curve(what, rows))
-    return "\n\n".join((_title(options), *parts, _cluster(*last)))
+            curves[what] = rows
+    if options.plot:
+        _draw(curves, options.plot)
+    return "\n\n".join((_title(options), *parts, _cluster(options, middle)))
 
 
 def measured(model: nn.Module, span: int, images: int) -> tuple[int, dict[str, float]]:
@@ -103,9 +112,27 @@ def _curve(what: str, rows: Sequence[tuple[int, int, dict[str, float]]]) -> str:
     lines: list[tuple[object, ...]] = [
         (size, count, *(f"{seconds[stage]:.3f}" for stage in STAGES)) for size, count, seconds in rows
     ]
-    exponents = [_slope([(size, seconds[stage]) for size, _, seconds in rows]) for stage in STAGES]
-    lines.append(("exponent", f"{_slope([(size, count) for size, count, _ in rows]):.2f}", *(f"{e:.2f}" for e in exponents)))
+    # Of segments that span more units there are more candidates, which is what counts.
+    sizes = [count if what == SPANS else size for size, count, _ in rows]
+    exponents = [_slope([(size, row[2][stage]) for size, row in zip(sizes, rows, strict=True)]) for stage in STAGES]
+    grown = "" if what == SPANS else f"{_slope([(size, row[1]) for size, row in zip(sizes, rows, strict=True)]):.2f}"
+    lines.append(("exponent over candidates" if what == SPANS else "exponent", grown, *(f"{e:.2f}" for e in exponents)))
     return tabulate(lines, (what, "candidates", *(f"{stage}, s" for stage in STAGES)), "github", disable_numparse=True)
+
+
+def _draw(curves: Mapping[str, Sequence[tuple[int, int, dict[str, float]]]], path: Path) -> None:
+    """Seconds of each stage over each size, on logarithmic axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0 * len(curves), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (what, rows) in zip(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items(), strict=True):
+        for stage in STAGES:
+            axes.loglog([size for size, _, _ in rows], [seconds[stage] for _, _, seconds in rows], marker=".", label=stage)
+        axes.set(xlabel=what, ylabel="seconds")
+    axes.legend()
+    figure.savefig(path, dpi=144)
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:
@@ -115,26 +142,49 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread if spread else math.nan
 
 
-def _cluster(candidates: int, seconds: dict[str, float]) -> str:
-    """What 1,000 devices would change: importance is shared out, latency is not."""
-    here = seconds["latency"] + seconds["importance"] + seconds["solve"]
-    shared = seconds["importance"] / min(1000, candidates)
-    there = seconds["latency"] + shared + seconds["solve"]
-    return (
-        f"By arithmetic, for the last network: importance is {candidates} candidates of "
-        f"{seconds['importance'] / candidates:.4f} s, "
-        f"which 1,000 devices would share out ({shared:.3f} s, the sending of network and images not counted). Latency "
-        f"({seconds['latency']:.1f} s) is measured one piece at a time on one device of the kind that counts, and solving "
-        f"({seconds['solve']:.2f} s) is one process: {here:.1f} s would become {there:.1f} s. A scorer that fine-tunes takes "
-        "minutes a candidate, and is what a cluster is for: its time falls in proportion up to one device a candidate."
-    )
+def _cluster(options: argparse.Namespace, blocks: int) -> str:
+    """What many devices would change, for the network in the middle: closed form, and the published way."""
+    model, images = network(blocks, options.width), options.images[-1]
+    data = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    graph = fxmerge.trace(model, data[:16])
+    findings = fxmerge.find_segments(graph)
+    proposals = fxmerge.propose(findings)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "latency"):
+        latency = fxmerge.measure_latency(findings, proposals, (data[:16],))
+    labelled = [(data[:16], torch.arange(16) % 10)]
+    tuning = fxmerge.FineTuning(train=labelled, holdout=labelled, steps=options.steps)
+    few = narrowed(proposals, lambda candidate: candidate.kind != "fitted") if options.steps else ()
+    parts = []
+    for name, scorer, offered in (("closed form", fxmerge.Reconstruction(), proposals), ("fine-tuning", tuning, few)):
+        if not offered:
+            continue
+        cuts, totals = [], []
+        for workers in options.workers:
+            watched = Watched(workers)
+            with timed(seconds, f"{name} {workers}"):
+                importance = fxmerge.measure_importance(findings, offered, data, scorer=scorer, executor=watched)
+            cuts.append(watched)
+            totals.append(seconds[f"{name} {workers}"])
+        candidates = [c for p in offered for c in p.candidates]
+        with timed(seconds, f"{name} solve"):
+            fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint)
+        steps = f" of {options.steps} steps of 16 images" if scorer is tuning else f", {images} images"
+        what = f"{len(candidates)} candidates of {blocks} blocks, {name}{steps}"
+        parts.append(report(what, cuts, totals, seconds["latency"], seconds[f"{name} solve"]))
+    return "## What a cluster would change\n\n" + "\n\n".join(parts)
+
+
+def _line(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _title(options: argparse.Namespace) -> str:
+    sizes = f"--blocks {_line(options.blocks)} --spans {_line(options.spans)} --images {_line(options.images)}"
     return (
-        f"# How costs grow\n\n`python -m benchmarks.scaling`, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} threads, width {options.width}, 32 x 32 pixels, latency at batch 16; all candidates scored "
-        "on all images."
+        f"# How costs grow\n\n`python -m benchmarks.scaling {sizes} --width {options.width}`, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {torch.get_num_threads()} threads, 32 x 32 pixels, latency at batch 16; all candidates "
+        "scored on all images."
     )
 
 

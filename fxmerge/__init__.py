@@ -58,7 +58,7 @@ from fxmerge.errors import (
     WorkerError,
 )
 from fxmerge.graph.trace import trace
-from fxmerge.interchange import read_published, write_published
+from fxmerge.interchange import read_depth_tables, read_published, write_published
 from fxmerge.measure.calibration import as_batches
 from fxmerge.measure.executors import Executor, Local, Processes, Ray
 from fxmerge.measure.finetuning import Custom, FineTuning
@@ -154,6 +154,7 @@ __all__ = [
     "measure_latency",
     "plot_front",
     "propose",
+    "read_depth_tables",
     "read_published",
     "save_student",
     "solve",

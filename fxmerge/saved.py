@@ -147,13 +147,13 @@ def _understood(path: Path, about: str, example_inputs: Any) -> tuple[Plan, bool
     try:
         data = json.loads(about)
         if data["format"] != FORMAT:
-            raise PlanError(f"it is of format {data['format']!r}, this version reads {FORMAT}")
+            raise PlanError(f"it is of format {data['format']!r:.40}, this version reads {FORMAT}")
         generator = torch.Generator().manual_seed(0)
         inputs = tuple(_example(value, generator) for value in data["inputs"]) if example_inputs is None else example_inputs
         return Plan.from_json(data["plan"]), bool(data["norms"]), inputs
     except PlanError as fault:
         raise PlanError(f"{path} cannot be used: {fault}") from fault
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, RuntimeError) as fault:
         raise PlanError(f"{path} is damaged: {fault!r}") from fault
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxmerge.core.leaves import leaves
 from fxmerge.errors import InputError, NotEquivalentError
 
 #: Largest relative error allowed, by dtype; what the law of the library asks for.
@@ -40,7 +41,7 @@ def assert_equivalent(reference: nn.Module, other: nn.Module, inputs: Iterable[A
     with torch.no_grad():
         for item in [inputs] if isinstance(inputs, Tensor) else inputs:
             arguments = tuple(item) if isinstance(item, (tuple, list)) else (item,)
-            expected, found = (pytree.tree_leaves(module(*_fresh(arguments))) for module in (reference, other))
+            expected, found = (leaves(module(*_fresh(arguments))) for module in (reference, other))
             if len(expected) != len(found):
                 raise NotEquivalentError(f"{len(expected)} outputs and {len(found)}", error=float("inf"), tolerance=0.0)
             errors += [_compare(a, b, tolerance) for a, b in zip(expected, found, strict=True)]

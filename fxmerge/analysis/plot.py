@@ -31,9 +31,12 @@ def plot_front(
         title: of the picture.
 
     Raises:
-        InputError: matplotlib is not installed, or does not write such files.
+        InputError: matplotlib is not installed, or does not write such files; or something given is of another kind.
         OSError: the file cannot be written.
     """
+    plans, points = _check(front, picked, measured)
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(title, str):
+        raise InputError(f"path must be that of a file, title a text; found {path!r:.80}, {title!r:.80}")
     if not Path(path).suffix or Path(path).is_dir():
         raise InputError(f"cannot draw into {os.fspath(path)!r}: give a file that ends in .png, .svg or .pdf")
     figure_type, canvas_type = _matplotlib()
@@ -42,12 +45,11 @@ def plot_front(
     axes = figure.subplots()
     _draw_front(figure, axes, front)
     axes.plot([front.original_ns / 1e6], [0.0], "k*", markersize=12, label="original, folded")
-    plans = [plan for plan in ([picked] if isinstance(picked, Plan) else picked) if plan.latency_ns is not None]
     if plans:
         at = [(plan.latency_ns or 0) / 1e6 for plan in plans]
         axes.plot(at, [plan.loss for plan in plans], "o", mfc="none", mec="C3", markersize=10, label="picked")
-    if measured:
-        axes.plot([ns / 1e6 for ns, _ in measured], [loss for _, loss in measured], "x", color="C2", markersize=8, label="measured")
+    if points:
+        axes.plot([ns / 1e6 for ns, _ in points], [loss for _, loss in points], "x", color="C2", markersize=8, label="measured")
     axes.set(xlabel="latency, ms", ylabel=_LOSS.get(front.objective, "loss"), title=title)
     axes.secondary_xaxis("top", functions=(_speedup(front), _speedup(front))).set_xlabel("speed-up")
     axes.legend()
@@ -55,6 +57,20 @@ def plot_front(
         figure.savefig(path, dpi=144)
     except ValueError as fault:
         raise InputError(f"cannot draw into {os.fspath(path)}: {fault}. End it in .png, .svg or .pdf.") from fault
+
+
+def _check(front: Any, picked: Any, measured: Any) -> tuple[list[Plan], list[tuple[float, float]]]:
+    """The plans that have a latency, and what was measured."""
+    if not isinstance(front, ParetoFront):
+        raise InputError(f"front must be a ParetoFront, such as solve() gives, found {front!r:.80}")
+    plans = [picked] if isinstance(picked, Plan) else picked
+    if not isinstance(plans, Sequence) or not all(isinstance(plan, Plan) for plan in plans):
+        raise InputError(f"picked must be a Plan or a sequence of them, found {picked!r:.80}")
+    try:
+        points = [(float(ns), float(loss)) for ns, loss in measured]
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"measured must be pairs (nanoseconds, loss), found {measured!r:.80}") from fault
+    return [plan for plan in plans if plan.latency_ns is not None], points
 
 
 def _draw_front(figure: Any, axes: Any, front: ParetoFront) -> None:

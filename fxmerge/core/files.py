@@ -53,9 +53,11 @@ def read_json(path: str | os.PathLike[str], from_json: Callable[[object], T], ag
         OSError: it cannot be read.
     """
     try:
-        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as fault:  # of a number of over 4300 digits Python says no more than ValueError
         raise PlanError(f"{path} is damaged: it is not JSON ({fault}). {again}") from fault
+    try:
+        return from_json(value)
     except PlanError as fault:
         raise PlanError(f"{path} cannot be used: {fault}. {again}") from fault
 

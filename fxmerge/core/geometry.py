@@ -358,14 +358,14 @@ class Geometry:
             channels, groups = (whole(data["in_channels"]), whole(data["out_channels"])), whole(data["groups"])
             geometry = cls(*channels, axes, groups, bool(data["bias"]), bool(data.get("even", True)))
         except (KeyError, TypeError, ValueError) as fault:
-            raise PlanError(f"not a geometry: {fault!r} in {data!r}") from fault
+            raise PlanError(f"not a geometry: {fault!r} in {data!r:.200}") from fault
         sane = (
             all(min(a.taps, a.stride, a.dilation, a.up) > 0 for a in axes)
             and (all(a.up == 1 for a in axes) or all(a.stride == 1 for a in axes))
             and min(geometry.in_channels, geometry.out_channels, geometry.groups) > 0
         )
         if not sane or geometry.in_channels % geometry.groups or geometry.out_channels % geometry.groups:
-            raise PlanError(f"not a geometry: sizes do not fit in {data!r}")
+            raise PlanError(f"not a geometry: sizes do not fit in {data!r:.200}")
         return geometry
 
 
@@ -379,7 +379,9 @@ def in_pad_order(pads: Sequence[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def whole(value: object) -> int:
-    """An int as it is; anything else (a bool, a float, a string) is a ValueError, never a silent conversion."""
+    """An int of 64 bits as it is; anything else (a bool, a float, a string) is a ValueError, never a silent conversion."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"expected a whole number, found {value!r}")
+        raise ValueError(f"expected a whole number, found {value!r:.80}")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"expected a whole number of at most 64 bits, found one of {value.bit_length()}")
     return value

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from fxmerge.core.files import read_json, write_json
@@ -62,7 +63,7 @@ class Plan:
         if not isinstance(data, Mapping):
             raise PlanError(f"not a plan: expected an object, found {type(data).__name__}")
         if data.get("format") != FORMAT:
-            raise PlanError(f"not a plan of format {FORMAT}: its format is {data.get('format')!r}")
+            raise PlanError(f"not a plan of format {FORMAT}: its format is {data.get('format')!r:.40}")
         try:
             latency = None if data["latency_ns"] is None else whole(data["latency_ns"])
             if not isinstance(data["fingerprint"], str):
@@ -72,7 +73,7 @@ class Plan:
                 raise ValueError("the objective is no string")
             merges = tuple(Candidate.from_json(merge) for merge in data["merges"])
             return cls(data["fingerprint"], merges, latency, float(data["loss"]), objective)
-        except (KeyError, TypeError, ValueError) as fault:
+        except (KeyError, TypeError, ValueError, OverflowError) as fault:
             if isinstance(fault, PlanError):
                 raise
             raise PlanError(f"not a plan: {fault!r}") from fault
@@ -144,11 +145,13 @@ class ParetoFront:
 
         Raises:
             BudgetError: no plan does; it names the least there is.
-            InputError: the front was solved without that resource.
+            InputError: the front was solved without that resource, or the limit is no number.
         """
         limits = {"parameters": parameters, "multiply_adds": multiply_adds, "peak_bytes": peak_bytes}
         asked = {name: limit for name, limit in limits.items() if limit is not None}
-        for name in asked:
+        for name, most in asked.items():
+            if isinstance(most, bool) or not isinstance(most, Real) or math.isnan(most):
+                raise InputError(f"{name} must be a number, the most that a plan may take, found {most!r:.80}")
             if name != self.second:
                 known = f"{self.second} beside latency" if self.second else "latency alone"
                 raise InputError(f"this front was solved for {known}; solve with second= to pick by {name}")
@@ -194,8 +197,7 @@ class ParetoFront:
             BudgetError: even the fastest plan is over, or the leanest; it names that.
             InputError: the front was solved without that resource.
         """
-        if not isinstance(budget_ns, (int, float)) or isinstance(budget_ns, bool) or not 0 <= budget_ns < math.inf:
-            raise InputError(f"a budget is a number of nanoseconds from 0 on, found {budget_ns!r}")
+        _check_budget(budget_ns, 0)
         front = self.within(parameters=parameters, multiply_adds=multiply_adds, peak_bytes=peak_bytes)
         if front is not self and front.fastest_ns > budget_ns >= self.fastest_ns:
             least = min(n for n, ns in zip(self.amounts, self.latencies_ns, strict=True) if ns <= budget_ns)
@@ -216,8 +218,9 @@ class ParetoFront:
 
         Raises:
             BudgetError: even the fastest plan is over; it names the fastest.
-            InputError: the front has a second resource.
+            InputError: the front has a second resource, or the budget is no number.
         """
+        _check_budget(budget_ns, -math.inf)  # of tables made up, all latencies may be negative
         if self.second:
             raise InputError(f"this front has {self.second} beside latency; take the index of within(), or pick()")
         fitting = [i for i, latency in enumerate(self.latencies_ns) if latency <= budget_ns]
@@ -230,6 +233,11 @@ class ParetoFront:
                 fastest_ns=self.fastest_ns,
             )
         return fitting[-1]
+
+
+def _check_budget(budget_ns: object, least: float) -> None:
+    if isinstance(budget_ns, bool) or not isinstance(budget_ns, Real) or not least <= float(budget_ns) < math.inf:
+        raise InputError(f"a budget is a number of nanoseconds from 0 on, found {budget_ns!r:.80}")
 
 
 def _choose_of(choose: Callable[[int], Sequence[int]], kept: Sequence[int], index: int) -> Sequence[int]:

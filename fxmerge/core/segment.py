@@ -178,7 +178,7 @@ class Candidate:
                 *choices,
             )
         except (KeyError, TypeError, ValueError) as fault:
-            raise PlanError(f"not a candidate: {fault!r} in {data!r}") from fault
+            raise PlanError(f"not a candidate: {fault!r} in {data!r:.200}") from fault
 
 
 def narrowed(proposals: Iterable[Proposal], wanted: Callable[[Candidate], bool]) -> tuple[Proposal, ...]:

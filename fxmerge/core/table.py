@@ -78,7 +78,7 @@ class Measurement:
                 dict(data["versions"]),
             )
         except (KeyError, TypeError, ValueError) as fault:
-            raise PlanError(f"not a measurement: {fault!r} in {data!r}") from fault
+            raise PlanError(f"not a measurement: {fault!r} in {data!r:.200}") from fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ def _checked(data: object, what: str, parts: tuple[str, ...]) -> Mapping[str, An
     if not isinstance(data, Mapping):
         raise PlanError(f"not {what}: expected an object, found {type(data).__name__}")
     if data.get("format") != FORMAT:
-        raise PlanError(f"not {what} of format {FORMAT}: its format is {data.get('format')!r}")
+        raise PlanError(f"not {what} of format {FORMAT}: its format is {data.get('format')!r:.40}")
     missing = [part for part in parts if part not in data]
     if missing:
         raise PlanError(f"not {what}: {missing[0]!r} is missing")
@@ -268,9 +268,9 @@ def _importance(name: str, data: object) -> Importance:
     try:
         loss, samples, scorer = (data[part] for part in ("loss", "samples", "scorer"))  # type: ignore[index]
         if isinstance(loss, bool) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss!r}")
+            raise ValueError(f"the loss is {loss!r:.80}")
         if not isinstance(scorer, str):
             raise ValueError("the scorer is no string")
         return Importance(float(loss), whole(samples), scorer)
-    except (KeyError, IndexError, TypeError, ValueError) as fault:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as fault:
         raise PlanError(f"not an importance table: {fault!r} in the entry {name!r}") from fault

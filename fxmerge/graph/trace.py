@@ -18,6 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from fxmerge.core.leaves import leaves
 from fxmerge.errors import FxMergeError, InputError, NotFiniteError, TraceError
 from fxmerge.graph.capture import by_export, input_sources, of_graph, of_program, symbolically
 from fxmerge.graph.layout import mark_layouts
@@ -284,7 +285,7 @@ def _check_same(expected: Any, found: Any) -> None:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _sizes(arguments: Sequence[Any]) -> str:

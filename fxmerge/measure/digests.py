@@ -41,6 +41,8 @@ def function_name(function: Any) -> str:
     """What tells a function apart from others in a store: its name where it has one, else all that pickle knows of it.
 
     A lambda, a local function, or an object that cannot be pickled is like no other, in no other run: nothing is kept for it.
+    Source is not looked at: a function of a module whose body was changed between two runs is the same to a store, and so is an
+    object whose class was; its attributes count.
     """
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<>')}"
     if not isinstance(function, type) and "<" not in name:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from fxmerge.core.leaves import leaves, named_leaves
 from fxmerge.errors import InputError
 
 
@@ -20,7 +20,7 @@ def divergence(reference: Any, changed: Any, *, images: int | None = None) -> Te
     those that are no floating-point numbers, or of another length than the batch, say nothing of single images and are left out.
 
     Args:
-        reference: what the original returns, any nesting of tensors.
+        reference: what the original returns, any nesting of tensors, dataclasses too.
         changed: what the changed network returns, nested alike.
         images: N; None for the length of the first floating-point output.
 
@@ -30,12 +30,12 @@ def divergence(reference: Any, changed: Any, *, images: int | None = None) -> Te
     Raises:
         InputError: no output holds floating-point numbers for every image.
     """
-    named, others = pytree.tree_flatten_with_path(reference)[0], pytree.tree_leaves(changed)
+    named, others = named_leaves(reference), leaves(changed)
     pairs = [(a, b) for (_, a), b in zip(named, others, strict=True) if _is_floating(a)]
     count = images if images is not None or not pairs else len(pairs[0][0])
     kept = [_of_one(a.double(), b.double()) for a, b in pairs if len(a) == count]
     if not kept:
-        found = ", ".join(f"output{pytree.keystr(path)}: {_described(leaf)}" for path, leaf in named) or "nothing"
+        found = ", ".join(f"output{path}: {_described(leaf)}" for path, leaf in named) or "nothing"
         raise InputError(
             f"no output holds floating-point numbers for each of the {count or 0} images, so importance cannot be measured. "
             f"Found {found}. Return logits or features, or give Reconstruction(divergence=...)"

@@ -12,6 +12,7 @@ the exponential of the change, sums of losses count what is negative as 0.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,13 +29,11 @@ from fxmerge.core.table import Importance
 from fxmerge.errors import InputError
 from fxmerge.measure.calibration import Batch, images_in
 from fxmerge.measure.digests import data_digest, function_name
+from fxmerge.measure.labelled import Labelled, arguments, check_labels, labelled, shapes, short
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
-
-#: (inputs, labels); inputs is a tensor, or the tuple of the network's arguments.
-Labelled = tuple[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,13 @@ class FineTuning:
         fit: what weights fitted candidates start from.
         seed: of whatever is random in training (dropout).
 
+    In a store its scores are kept under all of these: of the data the values, of ``loss`` the name where it has one (module and
+    qualified name: write another body under the same name, and scores of the old one are still taken; name it anew, or give
+    another store), all its attributes where it is an object, nothing lasting where it is a lambda.
+
     Raises:
-        InputError: no labelled batches, or a number out of range.
+        InputError: no labelled batches, or a number out of range; and, when scores are asked for, data that does not fit the
+            network.
     """
 
     train: Iterable[Labelled]
@@ -68,14 +72,17 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         for name in ("train", "holdout"):
-            batches = tuple(getattr(self, name))
-            if not all(isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in batches):
-                raise InputError(f"{name} must hold (inputs, labels) pairs")
-            object.__setattr__(self, name, batches)
+            object.__setattr__(self, name, labelled(name, getattr(self, name)))
+        if type(self.steps) is not int or self.steps < 0 or self.metric not in ("accuracy", "loss"):
+            raise InputError(
+                f"steps must be a whole number from 0 on, metric accuracy or loss; found {self.steps!r}, {self.metric!r}"
+            )
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise InputError(f"{name} must be a finite number from 0 on, found {value!r}")
         if not self.holdout or (self.steps and not self.train):
             raise InputError("fine-tuning needs batches to train on and a hold-out; found none of the one or the other")
-        if self.steps < 0 or self.metric not in ("accuracy", "loss"):
-            raise InputError(f"steps must be at least 0, metric accuracy or loss; found {self.steps}, {self.metric!r}")
 
     @property
     def settings(self) -> str:
@@ -96,7 +103,7 @@ class FineTuning:
             try:
                 before = self._quality(findings.graph)
             except Exception as fault:  # other people's network, data and loss
-                raise InputError(f"the hold-out cannot be judged by {self.metric}: {fault}") from fault
+                raise InputError(f"the hold-out cannot be judged by {self.metric}: {short(fault)}") from fault
 
             def scoring(proposals: Sequence[Proposal]) -> dict[str, Importance]:
                 return {c.id: self._score(findings, c, batches, before) for p in proposals for c in p.candidates}
@@ -109,7 +116,7 @@ class FineTuning:
             student = student_of(findings, candidate, batches, self.fit)
             self._train(student)
             after = self._quality(student)
-        count = sum(images_in(_arguments(inputs)) for inputs, _ in self.holdout)
+        count = sum(images_in(arguments(inputs)) for inputs, _ in self.holdout)
         lost = before - after if self.metric == "accuracy" else after - before
         return Importance(max(-1e6, min(lost, 1e6)) if lost == lost else 1e6, count, "fine-tuning")
 
@@ -118,9 +125,13 @@ class FineTuning:
         optimizer = torch.optim.SGD(
             student.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
-        for inputs, labels in itertools.islice(itertools.cycle(self.train), self.steps):
+        for number, (inputs, labels) in itertools.islice(itertools.cycle(enumerate(self.train)), self.steps):
             optimizer.zero_grad()
-            self.loss(student(*_arguments(inputs)), labels).backward()
+            try:
+                self.loss(student(*arguments(inputs)), labels).backward()
+            except Exception as fault:  # other people's network, data and loss
+                what = f"{shapes(inputs)}, labels {shapes(labels)}"
+                raise InputError(f"batch {number} of train (inputs {what}) cannot be trained on: {short(fault)}") from fault
             optimizer.step()
         student.eval()
 
@@ -128,9 +139,10 @@ class FineTuning:
     def _quality(self, network: GraphModule) -> float:
         total, count = 0.0, 0
         for inputs, labels in self.holdout:
-            images = images_in(_arguments(inputs))
-            outputs = network(*_arguments(inputs))
+            images = images_in(arguments(inputs))
+            outputs = network(*arguments(inputs))
             if self.metric == "accuracy":
+                check_labels(labels, outputs)
                 total += (outputs.argmax(1) == labels).double().mean().item() * images
             else:
                 total += self.loss(outputs, labels).item() * images
@@ -142,8 +154,11 @@ class FineTuning:
 class Custom:
     """A scorer from a function of your own.
 
+    In a store its scores are kept under its name and the settings of ``fit``, with the digests of network and data. The function is
+    not looked at, neither its source nor what it reads: where it gives other numbers, give another name.
+
     Args:
-        name: what its scores are kept under in a store; give another when the function gives other numbers.
+        name: what its scores are kept under; two functions of one name are one scorer to a store.
         function: (original, merged network, calibration batches) -> loss, at least 0; both networks in eval mode. To go to other
             processes it must be one that pickle can send: a function of a module, not a lambda.
         fit: what weights fitted candidates get.
@@ -193,7 +208,3 @@ def student_of(findings: Findings, candidate: Candidate, batches: Sequence[Batch
 
 def _one_by_one(proposals: Sequence[Proposal]) -> list[list[Proposal]]:
     return [[Proposal(proposal.segment, (candidate,))] for proposal in proposals for candidate in proposal.candidates]
-
-
-def _arguments(inputs: Any) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)

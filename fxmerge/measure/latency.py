@@ -22,7 +22,7 @@ from fxmerge.core.geometry import Axis, Geometry
 from fxmerge.core.region import Unit
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.core.table import LatencyTable, Measurement, Target
-from fxmerge.errors import InputError
+from fxmerge.errors import InputError, StoreError
 from fxmerge.graph.edit import shape_after
 from fxmerge.graph.extract import extract, signature
 from fxmerge.graph.layout import turn
@@ -68,6 +68,10 @@ def measure_latency(
 
     Returns:
         The table; candidates that cost nothing (they leave no node) have a measurement of 0.
+
+    Raises:
+        InputError: the timer gives something else than a measurement for each module, or 0 for the whole network.
+        StoreError: the store cannot be read or written, or holds what is no latency.
     """
     target = target or Target()
     work: dict[str, Timed | None] = {}
@@ -87,8 +91,16 @@ def measure_latency(
     whole = Timed(baseline(findings.graph, operators=findings.operators), as_arguments(example_inputs), thorough=True)
     whole_key = _whole_key(whole)
     parts = {whole_key: whole} | {key: timed for key, timed in work.items() if timed is not None}
-    measurements = _timed(parts, timer or InterleavedTimer(), target, store, progress)
+    timer = timer or InterleavedTimer()
+    measurements = _timed(parts, timer, target, store, progress)
     original = measurements.pop(whole_key)
+    if original.median_ns < 1 and store is not None:
+        text = f"table latency, the row of {whole_key!r:.80}: median_ns is 0, expected 1 or more for a whole network"
+        raise StoreError(
+            f"{store.path} is damaged: {text}. Delete that row, or measure with a timer that counts", path=str(store.path)
+        )
+    if original.median_ns < 1:
+        raise InputError(f"the timer {type(timer).__name__} says that the whole network takes 0 ns; it must take some")
     nothing = Measurement(0, 0, 0, target, original.versions)
     return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, original)
 
@@ -98,7 +110,7 @@ def _timed(
 ) -> dict[str, Measurement]:
     """A measurement for each part, by its key; those that the store holds are taken from it."""
     if store is None:
-        return dict(zip(parts, timer(list(parts.values()), target=target, progress=progress), strict=True)) if parts else {}
+        return dict(zip(parts, _asked(timer, list(parts.values()), target, progress), strict=True))
     settings = getattr(timer, "settings", None)
     if not isinstance(settings, str):
         raise InputError(f"{type(timer).__name__} has no text `settings` to keep its measurements under: give it one, or no store")
@@ -124,13 +136,29 @@ def _missing_timed(
     for start in range(0, len(missing), max(1, size)):
         some = missing[start : start + size]
         logging = replace(timer, log=_Log(store, place, some)) if isinstance(timer, InterleavedTimer) else timer
-        measured = logging([parts[key] for key in some], target=target, progress=_shifted(progress, start, len(missing), logs))
+        shifted = _shifted(progress, start, len(missing), logs)
+        measured = _asked(logging, [parts[key] for key in some], target, shifted)
         for key, measurement in zip(some, measured, strict=True):
             store.add_latency(place, key, measurement)
     return store.latencies(place, target, list(parts))
 
 
 _AT_A_TIME = 16
+
+
+def _asked(
+    timer: Timer, modules: Sequence[Timed], target: Target, progress: Callable[[int, int], None] | None
+) -> Sequence[Measurement]:
+    """What a timer, which may be the user's, says of some modules."""
+    measured = timer(modules, target=target, progress=progress)
+    if (
+        not isinstance(measured, Sequence)
+        or len(measured) != len(modules)
+        or not all(isinstance(m, Measurement) and isinstance(m.median_ns, int) and m.median_ns >= 0 for m in measured)
+    ):
+        what = f"a measurement of 0 ns or more for each of {len(modules)} modules"
+        raise InputError(f"the timer {type(timer).__name__} must give {what}, found {measured!r:.200}")
+    return measured
 
 
 def _shifted(progress: Callable[[int, int], None] | None, done: int, total: int, whole: bool) -> Callable[[int, int], None] | None:

@@ -43,7 +43,11 @@ class Scorer(Protocol):
 
     @property
     def settings(self) -> str:
-        """Its name and whatever else decides its scores, as a text; equal texts, equal scores."""
+        """Its name and whatever else decides its scores, as a text; equal texts, equal scores.
+
+        This text, the digests of network and data, and the candidate are all that a store keys scores by. The source of a class
+        of yours is not: change what it computes, and the text must change, by a version number in it, say.
+        """
 
     def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
         """The candidates to score, by those that are scored together; if possible no fewer tasks than asked for."""

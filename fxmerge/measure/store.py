@@ -30,6 +30,7 @@ from fxmerge.core.region import Unit
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import Importance, ImportanceTable, LatencyTable, Measurement, Target
 from fxmerge.errors import PlanError, StoreError
+from fxmerge.measure import rows
 from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
 from fxmerge.solve.space import SpaceName
@@ -167,7 +168,8 @@ class Store:
                     (place, digest(work)),
                 ).fetchone()
                 if row is not None:
-                    found[work] = Measurement(row[0], row[1], row[2], target, self._mapping(row[3]))
+                    with self._row("latency", work, place=place, work=digest(work)):
+                        found[work] = rows.measurement(row[0], row[1], row[2], target, self._mapping(row[3]))
         return found
 
     def add_latency(self, place: str, work: str, measurement: Measurement) -> None:
@@ -191,33 +193,38 @@ class Store:
     def samples(self, place: str, work: str) -> list[int]:
         """Nanoseconds measured so far of a work that is not finished, in the order they were taken."""
         with self._blame():
-            rows = self._connection.execute(
+            found = self._connection.execute(
                 "SELECT ns FROM sample WHERE place = ? AND work = ? ORDER BY number", (place, digest(work))
             ).fetchall()
-        return [ns for (ns,) in rows]
+        with self._row("sample", work, place=place, work=digest(work)):
+            return [rows.whole("ns", ns, 0) for (ns,) in found]
 
     def add_samples(self, place: str, samples: Mapping[str, tuple[int, int]]) -> None:
         """Write (number, nanoseconds) for each work, all or none."""
-        rows = [(place, digest(work), number, ns) for work, (number, ns) in samples.items()]
+        taken = [(place, digest(work), number, ns) for work, (number, ns) in samples.items()]
         with self._writing() as connection:
-            connection.executemany("INSERT INTO sample VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows)
+            connection.executemany("INSERT INTO sample VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", taken)
 
     # -- importance ---------------------------------------------------------------------------------------------------
 
     def importances(self, subject: Subject) -> dict[str, Importance]:
         """All that was scored of a subject, by the key of the candidate (:func:`key_of`)."""
         with self._blame():
-            rows = self._connection.execute(
+            found = self._connection.execute(
                 "SELECT candidate, loss, samples, scorer FROM importance WHERE subject = ?", (subject.digest,)
             ).fetchall()
-        return {candidate: Importance(loss, samples, scorer) for candidate, loss, samples, scorer in rows}
+        scores = {}
+        for candidate, *values in found:
+            with self._row("importance", candidate, subject=subject.digest):
+                scores[candidate] = rows.importance(*values)
+        return scores
 
     def add_importances(self, subject: Subject, scores: Mapping[str, Importance]) -> None:
         """Write scores by the key of the candidate, all or none."""
         now, whose = time.time(), subject.digest
-        rows = [(whose, key, float(score.loss), score.samples, score.scorer, now) for key, score in scores.items()]
+        scored = [(whose, key, float(score.loss), score.samples, score.scorer, now) for key, score in scores.items()]
         with self._writing() as connection:
-            connection.executemany("INSERT INTO importance VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", rows)
+            connection.executemany("INSERT INTO importance VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", scored)
 
     # -- studies ------------------------------------------------------------------------------------------------------
 
@@ -274,11 +281,11 @@ class Store:
     def trials(self, number: int | None = None) -> list[Trial]:
         """What was measured end to end of a study's plans; of the latest study's, without a number."""
         with self._blame():
-            rows = self._connection.execute(
+            found = self._connection.execute(
                 f"SELECT content FROM trial WHERE study = (SELECT digest FROM study WHERE id = {_WHICH}) ORDER BY at", (number,)
             ).fetchall()
         try:
-            return [_trial(self._mapping(text)) for (text,) in rows]
+            return [_trial(self._mapping(text)) for (text,) in found]
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise StoreError(
                 f"{self.path} is damaged: a trial in it cannot be read ({fault}). Measure again.", path=str(self.path)
@@ -381,6 +388,19 @@ class Store:
             advice = next((text for part, text in _ADVICE.items() if part in str(fault)), "")
             raise StoreError(f"{self.path}: {fault!s:.120}{advice}", path=str(self.path)) from fault
 
+    @contextmanager
+    def _row(self, table: str, name: str, **key: str) -> Iterator[None]:
+        """A fault in a row, told as that of this row; it stays where it is, as do all others."""
+        try:
+            yield
+        except ValueError as fault:
+            where = ", ".join(f"{column} {value}" for column, value in key.items())
+            raise StoreError(
+                f"{self.path} is damaged: table {table}, the row of {name!r:.80} ({where}): {fault}. Delete that row, or measure "
+                "again into another file; the other rows are as they were.",
+                path=str(self.path),
+            ) from fault
+
     def _mapping(self, text: str) -> dict[str, Any]:
         try:
             value = json.loads(text)
@@ -440,11 +460,20 @@ def _json(value: object) -> str:
 
 def _study(name: str, data: Mapping[str, Any]) -> Study:
     if data["format"] != FORMAT:
-        raise PlanError(f"its format is {data['format']!r}")
+        raise PlanError(f"its format is {data['format']!r:.40}")
     latency, importance = LatencyTable.from_json(data["latency"]), ImportanceTable.from_json(data["importance"])
     candidates = tuple(Candidate.from_json(candidate) for candidate in data["candidates"])
+    _timed(latency.network)
     return Study(name, str(data["fingerprint"]), Unit.from_json(data["region"]), candidates, latency, importance)
 
 
 def _trial(data: Mapping[str, Any]) -> Trial:
-    return Trial(Plan.from_json(data["plan"]), Measurement.from_json(data["original"]), Measurement.from_json(data["merged"]))
+    original, merged = (_timed(Measurement.from_json(data[name])) for name in ("original", "merged"))
+    return Trial(Plan.from_json(data["plan"]), original, merged)
+
+
+def _timed(network: Measurement) -> Measurement:
+    """The measurement of a whole network, that others are divided by."""
+    if network.median_ns < 1:
+        raise ValueError(f"the latency of a whole network is {network.median_ns} ns, expected 1 or more")
+    return network

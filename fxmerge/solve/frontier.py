@@ -46,6 +46,7 @@ from fxmerge.core.resource import Resource
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import ImportanceTable, LatencyTable
 from fxmerge.errors import InputError
+from fxmerge.solve import given
 from fxmerge.solve.dominance import Ints as _Ints
 from fxmerge.solve.dominance import unbeaten_of_three, unbeaten_of_two
 from fxmerge.solve.layers import Places, breadth_first
@@ -161,18 +162,19 @@ def solve(
     >>> front.latencies_ns, front.losses, front.choose(0)
     ((6, 21), (0.25, 0.0), (0,))
     """
-    ends = 2 if second is None else 3
-    if max_points is not None and max_points < ends:
-        raise InputError(f"max_points is {max_points}; a front needs {ends} to keep its ends. Give {ends} or more, or None.")
+    root, candidates, second = given.a_unit(root), given.some_candidates(candidates), given.a_resource(second)
+    latencies_ns, losses = given.some(latencies_ns, "latencies_ns"), given.some(losses, "losses")
+    units_loss = given.by_name({} if units_loss is None else units_loss, "units_loss")
+    max_points = given.at_most(max_points, 2 if second is None else 3)
     _whole(original_ns, "original_ns")
-    _whole(abs(remainder_ns), "the size of remainder_ns")
+    _size(remainder_ns, "remainder_ns")
     units = breadth_first(root)
-    own_ns = _own_latencies(units, units_ns)
+    own_ns = _own_latencies(units, given.by_name(units_ns, "units_ns"))
     if not len(candidates) == len(latencies_ns) == len(losses):
         counts = f"{len(candidates)} candidates, {len(latencies_ns)} latencies, {len(losses)} losses"
         raise InputError(f"found {counts}; give one latency and one loss for each candidate.")
     places = Places(units)
-    prices = price(objective, candidates, losses, units_loss or {}, places, root.end)
+    prices = price(objective, candidates, losses, units_loss, places, root.end)
     offers = _offers(places, candidates, latencies_ns, prices, second)
     own_amount = _own_amounts(own_ns, second)
     _check_range(own_ns, own_amount, prices, offers)
@@ -231,6 +233,9 @@ def solve_tables(
     Raises:
         InputError: a candidate fits no chain, or a number or an option cannot be used.
     """
+    for name, table, kind in (("latency", latency, LatencyTable), ("importance", importance, ImportanceTable)):
+        if not isinstance(table, kind):
+            raise InputError(f"{name} must be a table, {kind.__name__}, found {table!r:.80}")
     offered = restrict(root, candidates, space)
     known = [c for c in offered if c.id in latency.candidates and c.id in importance.candidates]
     return solve(
@@ -385,7 +390,7 @@ def _own_amounts(ends: Mapping[str, int], second: Resource | None) -> dict[str, 
     amounts = dict.fromkeys(ends, 0)
     if second is None:
         return amounts
-    _whole(abs(second.rest), f"the size of the rest of {second.name}", "")
+    _size(second.rest, f"the rest of {second.name}", "")
     for end, amount in second.units.items():
         if end not in amounts:
             raise InputError(f"{second.name} names {end!r}, which ends no unit. Count again, on this network.")
@@ -424,12 +429,17 @@ def _check_range(
         raise InputError(f"the amounts of the second resource add up to {amount}, over {_LIMIT}. Give them in a larger unit.")
 
 
+def _size(value: int, what: str, unit: str = "nanoseconds") -> int:
+    """The size of a number that may be negative."""
+    return _whole(abs(value) if isinstance(value, (int, np.integer)) else value, f"the size of {what}", unit)
+
+
 def _whole(value: int, what: str, unit: str = "nanoseconds") -> int:
     try:
         number = operator.index(value)
     except TypeError:
         of = f" of {unit}" if unit else ""
-        raise InputError(f"{what} is {value!r}; it must be a whole number{of}. Round it up.") from None
+        raise InputError(f"{what} is {value!r:.80}; it must be a whole number{of}. Round it up.") from None
     if number < 0:
         raise InputError(f"{what} is {number}{' ns' if unit else ''}; it cannot be negative. Measure it again.")
     return number

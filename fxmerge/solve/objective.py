@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
 from fxmerge.core.segment import Candidate
@@ -98,14 +99,14 @@ def _layermerge(
 
 
 def _rounded_up(name: str, loss: float) -> int:
-    if not 0 <= loss < LIMIT // NANO:
+    if not isinstance(loss, Real) or not 0 <= loss < LIMIT // NANO:
         limit = f"a finite number from 0 to {LIMIT // NANO:.1e}"
-        raise InputError(f"the loss of {name} is {loss}; it must be {limit}. Score it again, or leave it out.")
+        raise InputError(f"the loss of {name} is {loss!s:.80}; it must be {limit}. Score it again, or leave it out.")
     return math.ceil(float(loss) * NANO)
 
 
 def _exponential(name: str, loss: float) -> int:
-    if not _LEAST <= loss < math.inf:
-        text = f"the loss of {name} is {loss}; it must be a finite number from {_LEAST:g}"
+    if not isinstance(loss, Real) or not _LEAST <= loss < math.inf:
+        text = f"the loss of {name} is {loss!s:.80}; it must be a finite number from {_LEAST:g}"
         raise InputError(f"{text}. Score it again, or leave it out.")
     return math.floor(math.exp(-float(loss)) * NANO)

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, get_args
 from fxmerge.core.region import Unit
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import InputError
+from fxmerge.solve import given
 from fxmerge.solve.layers import Places, breadth_first
 
 SpaceName: TypeAlias = Literal["joint", "activations", "layers"]
@@ -30,10 +31,11 @@ def restrict(root: Unit, candidates: Sequence[Candidate], space: SpaceName) -> t
         space: see the module's text.
 
     Raises:
-        InputError: there is no such space, or a candidate fits no chain.
+        InputError: there is no such space, a candidate fits no chain, or something is of another kind.
     """
+    root, candidates = given.a_unit(root), given.some_candidates(candidates)
     if space == "joint":
-        return tuple(candidates)
+        return candidates
     if space == "activations":
         return tuple(c for c in candidates if c.kind == "composed" and not c.removed)
     if space == "layers":

@@ -75,3 +75,21 @@ def test_without_matplotlib_it_is_said_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(InputError, match=r"plots need matplotlib: pip install 'fxmerge\[plot\]'"):
         plot_front(FRONT, tmp_path / "f.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"front": "f"}, "front must be a ParetoFront, such as solve.. gives, found 'f'"),
+        ({"path": 3}, "path must be that of a file, title a text; found 3, ''"),
+        ({"title": 3}, "title a text; found .*, 3"),
+        ({"picked": 3}, "picked must be a Plan or a sequence of them, found 3"),
+        ({"picked": [None]}, "picked must be a Plan or a sequence of them, found .None."),
+        ({"measured": 3}, "measured must be pairs .nanoseconds, loss., found 3"),
+        ({"measured": [3]}, "measured must be pairs"),
+        ({"measured": [(3, "x")]}, "measured must be pairs"),
+    ],
+)
+def test_what_is_of_another_kind_is_told(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        plot_front(**{"front": FRONT, "path": tmp_path / "f.png", **options})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,16 @@ def test_a_sum_with_what_no_input_leads_to_is_refused_and_what_is_before_it_merg
     assert any(refusal.detail == "joins an image and a tensor that does not come from the input" for refusal in findings.refusals)
     assert "conv1" in {name for segment in findings.segments for name in segment.nodes}
     assert all("add" not in segment.nodes for segment in findings.segments)
+
+
+def test_analysis_takes_time_in_proportion_to_the_nodes() -> None:
+    """Four times the blocks, four times the seconds of processor time, with room for what a busy machine does."""
+    seconds = {}
+    for blocks in (40, 160):
+        layers = [Net(lambda s, x: torch.relu(x + s.b(torch.relu(s.a(x)))), a=conv(3, 3), b=conv(3, 3)) for _ in range(blocks)]
+        graph = trace(nn.Sequential(*layers), torch.randn(1, 3, 12, 12))
+        start = time.process_time()
+        found = find_segments(graph)
+        seconds[blocks] = time.process_time() - start
+        assert len(found.segments) > 8 * blocks
+    assert seconds[160] < 10 * seconds[40]

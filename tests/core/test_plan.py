@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,22 @@ class TestParetoFront:
         with pytest.raises(InputError, match="a budget is a number of nanoseconds from 0 on, found"):
             self.FRONT.pick(budget)  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("budget", [float("nan"), float("inf"), True, "2x", None])
+    def test_the_index_of_what_is_no_budget_is_told(self, budget: object) -> None:
+        with pytest.raises(InputError, match="a budget is a number of nanoseconds from 0 on, found"):
+            self.FRONT.index(budget)  # type: ignore[arg-type]
+
     def test_a_budget_of_nothing_is_an_error_too(self) -> None:
         with pytest.raises(BudgetError, match="no plan runs in"):
             self.FRONT.pick(0)
+
+
+@pytest.mark.parametrize("digits", [400, 4000, 5000])
+@pytest.mark.parametrize("field", ["latency_ns", "loss", "in_channels", "format"])
+def test_a_number_of_thousands_of_digits_is_told_in_a_line(field: str, digits: int, tmp_path: Path) -> None:
+    """Python reads no whole number of over 4300 digits from a text, and turns none of over 308 into a float."""
+    text, number = json.dumps(PLAN.to_json()), f'"{field}": ' + "9" * digits
+    (tmp_path / "plan.json").write_text(re.sub(rf'"{field}": [\d.]+', number, text, count=1))
+    with pytest.raises(PlanError, match=r"plan\.json (is damaged|cannot be used): .* Make the plan again\.$") as told:
+        Plan.load(tmp_path / "plan.json")
+    assert len(str(told.value)) < 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,15 @@ def test_a_damaged_file_is_told(kind: Any, content: bytes, tmp_path: Path) -> No
     (tmp_path / "t.json").write_bytes(content)
     with pytest.raises(PlanError, match=r"t.json is damaged: it is not JSON .* Measure again, or take the table"):
         kind.load(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("digits", [400, 4000, 5000])
+@pytest.mark.parametrize("field", ["median_ns", "repeats", "loss", "samples", "format"])
+def test_a_number_of_thousands_of_digits_is_told_in_a_line(field: str, digits: int, tmp_path: Path) -> None:
+    """Python reads no whole number of over 4300 digits from a text, and turns none of over 308 into a float."""
+    table: LatencyTable | ImportanceTable = LATENCY if field in ("median_ns", "repeats") else IMPORTANCE
+    text = re.sub(rf'"{field}": [\d.]+', f'"{field}": ' + "9" * digits, json.dumps(table.to_json()), count=1)
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(PlanError, match=r"t\.json (is damaged|cannot be used): .* Measure again, or take the table") as told:
+        type(table).load(tmp_path / "t.json")
+    assert len(str(told.value)) < 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,5 +124,74 @@ def test_bad_options_are_told() -> None:
         fxmerge.FineTuning(train=[images(3)], holdout=BATCHES)  # type: ignore[list-item]
     with pytest.raises(InputError, match="found none"):
         fxmerge.FineTuning(train=[], holdout=BATCHES)
-    with pytest.raises(InputError, match="steps must be at least 0"):
+    with pytest.raises(InputError, match="steps must be a whole number from 0 on"):
         fxmerge.FineTuning(train=BATCHES, holdout=BATCHES, steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ((images(8)[:, :2], torch.arange(8) % 5), r"batch 1 of train \(inputs 8x2x12x12 float32, labels 8 int64\) .* channels"),
+        ((images(8), torch.arange(8)), r"batch 1 of train .* cannot be trained on: IndexError: Target . is out of bounds"),
+        ((images(8), torch.arange(7) % 5), r"labels 7 int64\) cannot be trained on: ValueError: Expected input batch_size"),
+        ((images(8), torch.rand(8)), "labels 8 float32. cannot be trained on: RuntimeError"),
+        ((images(8), None), "labels None. cannot be trained on: "),
+        ((images(8).double(), torch.arange(8) % 5), "inputs 8x3x12x12 float64, labels 8 int64. cannot be trained on: RuntimeError"),
+    ],
+)
+def test_training_data_that_does_not_fit_is_told_by_its_batch(found, train: object, message: str) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    scorer = fxmerge.FineTuning(train=[BATCHES[0], train], holdout=BATCHES, steps=3)  # type: ignore[list-item]
+    with pytest.raises(InputError, match=message):
+        fxmerge.measure_importance(findings, proposals, images(8), scorer=scorer)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.arange(8), "a label is 5; the network knows classes 0 to 4"),
+        (torch.full((8,), -1), "a label is -1; the network knows classes 0 to 4"),
+        (torch.rand(8), "labels are 8 float32; outputs of 8x5 float32 want numbers of classes"),
+        (torch.zeros(8, 5, dtype=torch.long), "labels are 8x5 int64"),
+    ],
+)
+def test_a_holdout_of_labels_that_the_network_does_not_know_is_told(found, labels: torch.Tensor, message: str) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    scorer = fxmerge.FineTuning(train=[], holdout=[(images(8), labels)], steps=0)
+    with pytest.raises(InputError, match=f"the hold-out cannot be judged by accuracy: ValueError: {message}"):
+        fxmerge.measure_importance(findings, proposals, images(8), scorer=scorer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": 3}, "train must hold .inputs, labels. pairs, found int"),
+        ({"holdout": images(3)}, "holdout must hold .inputs, labels. pairs; batch 0 is Tensor 3x12x12 float32"),
+        (
+            {"train": [BATCHES[0], (images(0), torch.arange(0))]},
+            "batch 1 of train holds no images: its inputs are 0x3x12x12 float32",
+        ),
+        ({"holdout": [((), torch.arange(3))]}, r"batch 0 of holdout holds no images: its inputs are \(\)"),
+        ({"holdout": [(torch.tensor(3.0), torch.arange(3))]}, "holds no images: its inputs are a single number float32"),
+        ({"steps": "3"}, "steps must be a whole number from 0 on, .* found '3'"),
+        ({"steps": True}, "steps must be a whole number from 0 on"),
+        ({"learning_rate": "fast"}, "learning_rate must be a finite number from 0 on, found 'fast'"),
+        ({"momentum": float("nan")}, "momentum must be a finite number from 0 on, found nan"),
+        ({"weight_decay": -1}, "weight_decay must be a finite number from 0 on, found -1"),
+    ],
+)
+def test_data_and_numbers_of_no_use_are_told_at_once(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fxmerge.FineTuning(**{"train": BATCHES, "holdout": BATCHES, **options})  # type: ignore[arg-type]
+
+
+def test_a_store_knows_a_custom_scorer_by_its_name_alone(found, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    some = [fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.kind == "composed" and not c.exact)) for p in proposals]
+    losses = []
+    with fxmerge.Store(tmp_path / "tables.db") as store:
+        for name, loss in (("mine", 1.0), ("mine", 2.0), ("mine 2", 2.0)):
+            scorer = fxmerge.Custom(name, lambda *_, loss=loss: loss)
+            table = fxmerge.measure_importance(findings, some, images(8), scorer=scorer, store=store)
+            losses.append({found.loss for found in table.candidates.values()})
+    assert losses == [{1.0}, {1.0}, {2.0}]

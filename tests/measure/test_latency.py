@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.core.table import Measurement, Target
 from fxmerge.measure.latency import worthwhile
 from fxmerge.measure.timer import Timed
 from tests.fakes import PriceTimer
@@ -91,3 +93,17 @@ def test_arguments_that_are_no_tensors_are_given_as_they_are() -> None:
     [measured] = timer([Timed(Odd().eval(), ((2, 3), 2.0, pair))], target=fxmerge.Target())  # type: ignore[arg-type]
     assert measured.median_ns > 0
     assert pair[0] == 1  # each run had a copy
+
+
+@pytest.mark.parametrize(
+    "give", [lambda n: (), lambda n: [3] * n, lambda n: None, lambda n: (Measurement(-1, 0, 1, Target()),) * n]
+)
+def test_a_timer_that_gives_nonsense_is_told(give: Callable[[int], Any]) -> None:
+    def nonsense(modules: Sequence[Timed], **_: Any) -> Any:
+        return give(len(modules))
+
+    findings, proposals = found(network(blocks=1), images(4))
+    with pytest.raises(
+        fxmerge.InputError, match="the timer function must give a measurement of 0 ns or more for each of [0-9]+ modules"
+    ):
+        fxmerge.measure_latency(findings, proposals, images(4), timer=nonsense)

@@ -9,7 +9,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -381,3 +381,87 @@ def test_a_timer_without_a_log_is_given_a_few_at_a_time(tmp_path: Path, found) -
             fxmerge.measure_latency(findings, proposals, images(4), timer=Dies(), store=store)
         with sqlite3.connect(tmp_path / "tables.db") as connection:
             assert connection.execute("SELECT count(*) FROM latency").fetchone()[0] == 16
+
+
+def _put(store: Store, statement: str, *values: object) -> None:
+    store._connection.execute(statement, values)
+
+
+@pytest.mark.parametrize("found", [-5, "much", b"\x00", 2.5])
+def test_a_latency_that_is_no_number_of_nanoseconds_is_told_with_its_row_and_nothing_is_lost(tmp_path: Path, found: object) -> None:
+    place = place_of(TARGET, {})
+    with Store(tmp_path / "tables.db") as store:
+        for work in ("conv", "pool"):
+            store.add_latency(place, work, Measurement(5, 1, 3, TARGET))
+        _put(store, "UPDATE latency SET median_ns = ? WHERE text = 'conv'", found)
+        message = (
+            r"tables\.db is damaged: table latency, the row of 'conv' \(place .*, work .*\): median_ns is .*, expected a whole"
+        )
+        with pytest.raises(StoreError, match=message):
+            store.latencies(place, TARGET, ["pool", "conv"])
+        assert store.latencies(place, TARGET, ["pool"])["pool"].median_ns == 5
+        assert store._connection.execute("SELECT count(*) FROM latency").fetchone() == (2,)
+
+
+@pytest.mark.parametrize(("column", "found"), [("spread_ns", -1), ("spread_ns", "x"), ("repeats", -1), ("repeats", 0.5)])
+def test_other_numbers_of_a_latency_are_checked_too(tmp_path: Path, column: str, found: object) -> None:
+    place = place_of(TARGET, {})
+    with Store(tmp_path / "tables.db") as store:
+        store.add_latency(place, "conv", Measurement(5, 1, 3, TARGET))
+        _put(store, f"UPDATE latency SET {column} = ?", found)
+        with pytest.raises(StoreError, match=f"table latency, .*: {column} is {found!r}, expected a whole number from 0 on"):
+            store.latencies(place, TARGET, ["conv"])
+
+
+@pytest.mark.parametrize("found", [-5, "much", b"\x00", 2.5])
+def test_a_sample_that_is_no_number_of_nanoseconds_is_told(tmp_path: Path, found: object) -> None:
+    with Store(tmp_path / "tables.db") as store:
+        store.add_samples("here", {"conv": (0, 7)})
+        _put(store, "UPDATE sample SET ns = ?", found)
+        with pytest.raises(
+            StoreError, match=r"table sample, the row of 'conv' \(place here, .*\): ns is .*, expected a whole number"
+        ):
+            store.samples("here", "conv")
+
+
+@pytest.mark.parametrize(
+    ("column", "found"), [("loss", "much"), ("loss", float("inf")), ("loss", b""), ("samples", "x"), ("samples", -1), ("scorer", 3)]
+)
+def test_an_importance_that_is_none_is_told_with_its_row(tmp_path: Path, column: str, found: object) -> None:
+    with Store(tmp_path / "tables.db") as store:
+        store.add_importances(SUBJECT, {"a": Importance(0.5, 8, "s")})
+        _put(store, f"UPDATE importance SET {column} = ?", found if column != "scorer" else b"3")
+        with pytest.raises(StoreError, match=rf"table importance, the row of 'a' \(subject .*\): {column} is "):
+            store.importances(SUBJECT)
+
+
+@pytest.mark.parametrize("part", ["original", "merged"])
+def test_a_trial_or_a_study_of_no_time_at_all_is_told(tmp_path: Path, part: str) -> None:
+    table = fxmerge.LatencyTable({}, {}, {}, Measurement(5, 1, 3, TARGET))
+    nothing = Measurement(0, 0, 3, TARGET)
+    with Store(tmp_path / "tables.db") as store:
+        key = store.add_study(Study("a", "print", Unit("", ()), (), table, fxmerge.ImportanceTable({})))
+        store.add_trial(key, replace(TRIAL, **{part: nothing}))  # type: ignore[arg-type]
+        with pytest.raises(StoreError, match="a trial in it cannot be read .the latency of a whole network is 0 ns"):
+            store.trials()
+        store.add_study(Study("b", "print", Unit("", ()), (), replace(table, network=nothing), fxmerge.ImportanceTable({})))
+        with pytest.raises(StoreError, match="a study in it cannot be read .the latency of a whole network is 0 ns"):
+            store.study()
+
+
+def test_a_whole_network_that_takes_no_time_is_told(tmp_path: Path, found) -> None:  # type: ignore[no-untyped-def]
+    findings, proposals = found
+    with Store(tmp_path / "tables.db") as store:
+        fxmerge.measure_latency(findings, proposals, images(4), timer=PriceTimer(), store=store)
+        store._connection.execute("UPDATE latency SET median_ns = 0 WHERE text LIKE 'whole: %'")
+        with pytest.raises(
+            StoreError, match=r"tables\.db is damaged: table latency, the row of 'whole: .*: median_ns is 0, expected"
+        ):
+            fxmerge.measure_latency(findings, proposals, images(4), timer=PriceTimer(), store=store)
+
+    class Stopped(PriceTimer):
+        def _price(self, timed: Timed) -> int:
+            return 0
+
+    with pytest.raises(fxmerge.InputError, match="the timer Stopped says that the whole network takes 0 ns; it must take some"):
+        fxmerge.measure_latency(findings, proposals, images(4), timer=Stopped())

@@ -38,6 +38,14 @@ def test_the_least_loss_within_both_budgets_is_picked() -> None:
     assert front.pick(100, parameters=120).merges == ()
 
 
+@pytest.mark.parametrize("limit", ["many", [1], True, float("nan")])
+def test_a_limit_that_is_no_number_is_told(limit: object) -> None:
+    with pytest.raises(InputError, match="parameters must be a number, the most that a plan may take, found"):
+        front_of().within(parameters=limit)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="parameters must be a number"):
+        front_of().pick(100, parameters=limit)  # type: ignore[arg-type]
+
+
 def test_within_a_limit_the_front_has_two_coordinates_again() -> None:
     within = front_of().within(parameters=119)
     assert (within.latencies_ns, within.losses, within.second) == ((11, 15), (0.75, 0.25), "")
