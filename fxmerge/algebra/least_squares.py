@@ -71,6 +71,10 @@ def _spread(x: Tensor, up: Sequence[int]) -> Tensor:
     return spread
 
 
+#: Rows of patches are worked on in pieces of about this size.
+_CHUNK_BYTES = 256 << 20
+
+
 @dataclass
 class NormalEquations:
     """Sums over data that decide the weights of every convolution within one covering geometry.
@@ -96,20 +100,21 @@ class NormalEquations:
 
     def add(self, x: Tensor, targets: dict[str, Tensor], positions: Tensor | None = None, *, sides: Tensor | None = None) -> None:
         """Add a batch: inputs (N, C_in, *size), for every name a target (N, C_out, *outputs), and ``sides`` (N, extra)."""
-        z = patches(x, self.geometry, positions).double()
-        if sides is not None:
-            at = torch.arange(z.shape[1], device=x.device) if positions is None else positions
-            images = torch.div(at, math.prod(self.geometry.outputs(x.shape[2:])), rounding_mode="floor")
-            z = torch.cat((z, sides.double()[images].expand(len(z), -1, -1)), 2)
-        z = torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2)
-        self.gram += z.mT @ z
-        self.rows += z.shape[1]
-        for name, y in targets.items():
-            flat = y.movedim(1, -1).flatten(0, -2)
-            flat = flat if positions is None else flat[positions]
-            grouped = flat.double().reshape(len(flat), self.geometry.groups, -1).transpose(0, 1)
-            product = z.mT @ grouped
-            self.targets[name] = self.targets[name] + product if name in self.targets else product
+        flats = {name: y.movedim(1, -1).flatten(0, -2) for name, y in targets.items()}
+        there = x.shape[0] * math.prod(self.geometry.outputs(x.shape[2:]))
+        index = torch.arange(there, device=x.device) if positions is None else positions
+        for at in index.split(max(1, _CHUNK_BYTES // (8 * len(self.gram) * self.gram.shape[1]))):
+            z = patches(x, self.geometry, at).double()
+            if sides is not None:
+                images = torch.div(at, there // x.shape[0], rounding_mode="floor")
+                z = torch.cat((z, sides.double()[images].expand(len(z), -1, -1)), 2)
+            z = torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2)
+            self.gram += z.mT @ z
+            self.rows += z.shape[1]
+            for name, flat in flats.items():
+                grouped = flat[at].double().reshape(len(at), self.geometry.groups, -1).transpose(0, 1)
+                product = z.mT @ grouped
+                self.targets[name] = self.targets[name] + product if name in self.targets else product
 
     def solve(self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None) -> Affine:
         """The best convolution of a geometry within the covering one, for one target.
@@ -126,26 +131,43 @@ class NormalEquations:
         self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None
     ) -> tuple[Affine, Tensor]:
         """:meth:`solve`, and the matrix (C_out, extra) that the numbers constant over space go through."""
-        keep = self._columns(geometry)
-        gram = self.gram[:, keep][:, :, keep]
-        right = self.targets[name][:, keep]
-        weights = len(keep) - 1 - self.extra
-        strength = ridge * gram.diagonal(dim1=1, dim2=2)[:, :weights].mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-        damping = torch.zeros_like(gram)
-        damping.diagonal(dim1=1, dim2=2)[:, :weights] = strength[:, None]
-        if self.extra:
-            beside = gram.diagonal(dim1=1, dim2=2)[:, weights:-1].mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-            damping.diagonal(dim1=1, dim2=2)[:, weights:-1] = ridge * beside[:, None]
-        if prior is not None:
-            w0 = prior.weight.reshape(geometry.groups, -1, weights).mT
-            right = right.clone()
-            right[:, :weights] += strength[:, None, None] * w0
-        # A bias alone keeps its column: where no data came, the damping above is all there is.
-        factor, failed = torch.linalg.cholesky_ex(gram + damping)
-        solution = torch.linalg.lstsq(gram + damping, right).solution if failed.any() else torch.cholesky_solve(right, factor)
-        weight = solution[:, :weights].mT.reshape(geometry.weight_shape)
+        solution = self.factored(geometry, ridge=ridge).solution(self.targets[name], prior)
+        weights = solution.shape[1] - 1 - self.extra
         matrix = solution[:, weights:-1].mT.reshape(geometry.out_channels, self.extra)
-        return Affine(geometry, weight, solution[:, -1].reshape(-1)), matrix
+        return _affine(geometry, solution, weights), matrix
+
+    def factored(self, geometry: Geometry, *, ridge: float = 1e-4) -> Factored:
+        """The damped Gram matrix of a geometry within the covering one, ready for any number of right-hand sides."""
+        keep = self._columns(geometry)
+        damped = self.gram[:, keep[:, None], keep]
+        weights = len(keep) - 1 - self.extra
+        diagonal = damped.diagonal(dim1=1, dim2=2)
+        tiny = torch.finfo(torch.float64).tiny
+        strength = ridge * diagonal[:, :weights].mean(1).clamp_min(tiny)
+        diagonal[:, :weights] += strength[:, None]
+        if self.extra:
+            diagonal[:, weights:-1] += ridge * diagonal[:, weights:-1].mean(1).clamp_min(tiny)[:, None]
+        # A bias alone keeps its column: where no data came, the damping above is all there is.
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        return Factored(geometry, keep, weights, strength, damped if failed.any() else None, factor)
+
+    def error(self, name: str, affine: Affine) -> float:
+        """The sum of squared errors of a map of the covering geometry, without the part that no map can change.
+
+        sum |W z - y|^2 - sum |y|^2 = tr(W G W^T) - 2 tr(W C)
+        """
+        assert affine.geometry.weight_shape == self.geometry.weight_shape
+        assert not self.extra
+        groups = self.geometry.groups
+        bias = affine.bias.reshape(groups, 1, -1)
+        w = torch.cat((affine.weight.reshape(groups, bias.shape[2], -1).mT, bias), 1).to(self.gram)
+        return float((w * (self.gram @ w - 2 * self.targets[name])).sum())
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """Those of both data sets together."""
+        assert self.geometry == other.geometry
+        targets = {name: sums + other.targets[name] for name, sums in self.targets.items()}
+        return NormalEquations(self.geometry, self.gram + other.gram, targets, self.rows + other.rows, self.extra)
 
     def _columns(self, geometry: Geometry) -> Tensor:
         """Columns of the covering patch that a smaller kernel reads, those of what is constant over space, and the bias's."""
@@ -158,6 +180,46 @@ class NormalEquations:
             index = index.index_select(1 + dim, places)
         first = unknowns(cover) - 1
         return torch.cat((index.flatten(), torch.arange(first, first + self.extra + 1, device=index.device)))
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A damped Gram matrix, factored.
+
+    Args:
+        geometry: of the convolution.
+        keep: the columns of the covering patch that it reads.
+        weights: how many of them have weights.
+        strength: lambda of every group, (groups,).
+        singular: the matrix itself, where it has no Cholesky factor.
+        factor: the Cholesky factor, (groups, columns, columns).
+    """
+
+    geometry: Geometry
+    keep: Tensor
+    weights: int
+    strength: Tensor
+    singular: Tensor | None
+    factor: Tensor
+
+    def solution(self, right: Tensor, prior: Affine | None = None) -> Tensor:
+        """(groups, columns, C_out/groups), for z y^T of the covering patch."""
+        right = right[:, self.keep]
+        if prior is not None:
+            w0 = prior.weight.reshape(self.geometry.groups, -1, self.weights).mT.to(right)
+            right[:, : self.weights] += self.strength[:, None, None] * w0
+        if self.singular is not None:
+            return torch.linalg.lstsq(self.singular, right).solution
+        return torch.cholesky_solve(right, self.factor)
+
+    def affine(self, right: Tensor, prior: Affine | None = None) -> Affine:
+        """:meth:`solution` as a map; there are no numbers constant over space."""
+        return _affine(self.geometry, self.solution(right, prior), self.weights)
+
+
+def _affine(geometry: Geometry, solution: Tensor, weights: int) -> Affine:
+    weight = solution[:, :weights].mT.reshape(geometry.weight_shape)
+    return Affine(geometry, weight, solution[:, -1].reshape(-1))
 
 
 def unknowns(geometry: Geometry) -> int:

@@ -136,6 +136,16 @@ def _weight(affine: Affine) -> Tensor:
     return turned(affine.weight, affine.geometry.groups) if affine.geometry.enlarges else affine.weight
 
 
+def weight_for(affine: Affine, *, like: Tensor) -> Tensor:
+    """The weight of a torch module, convolution, transposed convolution or linear layer, that computes this map.
+
+    Args:
+        like: the module's weight now, whose shape, dtype, device and memory format it takes.
+    """
+    weight = _weight(affine).reshape(like.shape)
+    return torch.empty_like(like, requires_grad=False).copy_(weight)
+
+
 def convolved(affine: Affine, x: Tensor) -> Tensor:
     """What the map makes of an image, in the image's dtype: the module and its padding, called as functions."""
     geometry, dims = affine.geometry, len(affine.geometry.axes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from fxmerge.algebra.affine import Affine, evaluate, evaluate_sides, pointwise
 from fxmerge.algebra.least_squares import NormalEquations, covering, unknowns
 from fxmerge.algebra.module import convolved
+from fxmerge.algebra.through import Rows
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression
 from fxmerge.core.geometry import Geometry
@@ -34,13 +35,17 @@ from fxmerge.graph.query import data_operands, node_named
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
+from fxmerge.measure.refit import Walk, with_weights
 from fxmerge.measure.replay import Replacement, Replay
+from fxmerge.measure.shelf import Shelf
 from fxmerge.measure.standins import ChannelSums
-from fxmerge.operators import norm_behind, read_maps
+from fxmerge.operators import Activation, Site, norm_behind, read_maps
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
+#: The values of the original and of the student for one batch, by node.
+Pair: TypeAlias = tuple[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class Reconstruction:
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
         memory_bytes: bound on what the normal equations of one task take together; the tensors of one batch take a
             quarter of it at most.
+        through: rounds in which the weights of a merge are fitted through the activation behind it; 0 for none.
+        stay: fit the layers that stay, too, to what the student feeds them.
         seed: of the sampling of positions.
     """
 
@@ -68,6 +75,8 @@ class Reconstruction:
     coarse_images: int = 16
     hopeless: float = 1.0
     memory_bytes: int = 4 << 30
+    through: int = 10
+    stay: bool = True
     seed: int = 0
 
     @property
@@ -123,24 +132,18 @@ class Reconstruction:
         """Weights for the fitted merges of a plan, and for what stands for norms, one after the other from the input on.
 
         Every merge is fitted to the student's own inputs, as the merges before it make them, and to the original's targets, so
-        that errors do not add up.
+        that errors do not add up; so is, with ``stay``, every layer behind the first merge (:mod:`fxmerge.measure.refit`).
 
         Returns:
-            By candidate id, the map in float64; by :meth:`Candidate.part`, what its side inputs go through, what stands for a norm.
+            By candidate id, the map in float64; by :meth:`Candidate.part`, what its side inputs go through, what stands for a norm;
+            by the name of its node, what a layer that stays computes, its batch norm folded.
 
         Raises:
             PlanMismatchError: the plan was made for another graph, or with other limits.
         """
         work = _Work(self, findings, batches)
-        segments = work.segments_of(plan)
-        taken: dict[str, Replacement] = {}
-        weights: dict[str, Affine] = {}
-        for number, merge in enumerate(plan.merges):
-            weights.update(work.refit(merge, taken))
-            taken[merge.exit] = work.replacement(segments[merge.id], merge, weights)
-            if progress is not None:
-                progress(number + 1, len(plan.merges))
-        return weights
+        with Shelf(self.memory_bytes) as shelf:
+            return Walk(work, plan, work.segments_of(plan), self.stay, self.seed, progress).run(shelf)
 
     def fit_and_score(self, findings: Findings, plan: Plan, batches: Sequence[Batch]) -> tuple[dict[str, Affine], float]:
         """:meth:`fit`, and how far the output of the whole merged network then is from the original's."""
@@ -217,10 +220,10 @@ class _Work:
         """Weights for every candidate that has any, and for the parts of it."""
         self.fix_norms([name for p in proposals for c in p.candidates if c.kind == "composed" for name in c.norms])
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
-        equations = self._equations(fitted, {})
+        equations = self._equations(fitted, self._twice())
         self.starved += [(unknowns(c.geometry) / max(1, equations[_key(c)].rows), c) for c in fitted]
         maps = {name: part for c in fitted for name, part in self._solved(equations[_key(c)], c).items()}
-        maps.update(self._moved([c for c in fitted if c.moved], maps, {}))
+        maps.update(self._moved([c for c in fitted if c.moved], maps, self._twice()))
         for proposal in proposals:
             maps.update({c.id: self.composed(proposal.segment, c) for c in proposal.candidates if c.kind == "composed"})
         return maps
@@ -238,8 +241,15 @@ class _Work:
                 stacklevel=3,
             )
 
-    def _equations(self, fitted: Sequence[Candidate], taken: Mapping[str, Replacement]) -> dict[_Key, NormalEquations]:
-        """Normal equations for these candidates; ``taken`` are the merges already made in the student."""
+    def _twice(self) -> Iterator[Pair]:
+        """The values of the original, batch by batch, as those of a student too that does not differ yet."""
+        for batch in self.batches:
+            with torch.inference_mode():
+                values = self.original(batch)
+            yield values, values
+
+    def _equations(self, fitted: Sequence[Candidate], pairs: Iterable[Pair]) -> dict[_Key, NormalEquations]:
+        """Normal equations for these candidates, from the student's values to the original's."""
         shared: dict[_Key, list[Candidate]] = {}
         for candidate in fitted:
             shared.setdefault(_key(candidate), []).append(candidate)
@@ -250,28 +260,25 @@ class _Work:
             for key, members in shared.items()
         }
         generator = torch.Generator().manual_seed(self.options.seed)
-        only = fitted[0] if len(fitted) == 1 else None
-        for batch in self.batches if fitted else ():
+        for original, student in pairs if fitted else ():
             with torch.inference_mode():
-                original = self.original(batch, last=only.exit if only else None)
-                student = self.replay.values(batch, replaced=taken, last=only.entry) if taken and only else original
                 for key, members in shared.items():
-                    x = self._image(key[0], student)
-                    targets = {c.exit: self._image(c.exit, original) for c in members}
+                    x = self.image(key[0], student)
+                    targets = {c.exit: self.image(c.exit, original) for c in members}
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
-                    positions = self._positions(equations[key].geometry, x, next(iter(targets.values())), generator)
+                    positions = self.positions(equations[key].geometry, x, next(iter(targets.values())), generator)
                     equations[key].add(x, targets, positions, sides=self._sides(members[0], original, len(x)))
         return equations
 
-    def _image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
+    def image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
         """The value of a node with channels first, whatever its layout."""
         return _turned_if(self._is_last(name), values[self.replay.named[name]], to_first)
 
     def _is_last(self, name: str) -> bool:
         return facts(self.replay.named[name]).channels_last
 
-    def _positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
+    def positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
         there = x.shape[0] * math.prod(y.shape[2:])
         wanted = max(self.options.least_rows, self.options.rows_per_unknown * unknowns(geometry))
         share = math.ceil(wanted * x.shape[0] / sum(map(images_in, self.batches)))
@@ -300,7 +307,7 @@ class _Work:
             with torch.inference_mode():
                 values = self.original(batch)
                 for name, total in sums.items():
-                    total.add(self._image(data_operands(self.replay.named[name])[0].name, values), self._image(name, values))
+                    total.add(self.image(data_operands(self.replay.named[name])[0].name, values), self.image(name, values))
         self.fixed.update({name: total.solve() for name, total in sums.items()})
 
     def _sides(self, candidate: Candidate, values: Mapping[Node, Any], images: int) -> Tensor | None:
@@ -319,17 +326,15 @@ class _Work:
         dims = len(candidate.geometry.axes)
         return {candidate.id: affine, **{candidate.part(name): pointwise(part, dims) for name, part in parts}}
 
-    def _moved(self, moved: Sequence[Candidate], maps: Mapping[str, Affine], taken: Mapping[str, Replacement]) -> dict[str, Affine]:
+    def _moved(self, moved: Sequence[Candidate], maps: Mapping[str, Affine], pairs: Iterable[Pair]) -> dict[str, Affine]:
         """The scale and shift of the norm behind the convolution of each of these candidates, whose weights are known."""
         sums = {c.id: ChannelSums() for c in moved}
-        for batch in self.batches if moved else ():
+        for original, student in pairs if moved else ():
             with torch.inference_mode():
-                original = self.original(batch)
-                student = self.replay.values(batch, replaced=taken, last=moved[0].entry) if taken else original
                 for candidate in moved:
                     names, compute = self._on_images(candidate, maps)
-                    found = compute(self._image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
-                    sums[candidate.id].add(found, self._image(candidate.exit, original))
+                    found = compute(self.image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
+                    sums[candidate.id].add(found, self.image(candidate.exit, original))
         return {c.part(c.moved): sums[c.id].solve() for c in moved}
 
     def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement:
@@ -377,15 +382,40 @@ class _Work:
         scaling = maps.get(candidate.part(candidate.moved))
         return norm if scaling is None else lambda x: convolved(scaling, norm(x))
 
-    def refit(self, merge: Candidate, taken: Mapping[str, Replacement]) -> dict[str, Affine]:
-        """Weights for one merge inside the student made so far, and for its parts."""
+    def refit(self, merge: Candidate, pairs: Sequence[Pair]) -> dict[str, Affine]:
+        """Weights for one merge, and for its parts, from the student's own values to the original's."""
         if merge.kind == "composed":
             self.fix_norms(merge.norms)
             return {merge.part(name): self.fixed[name] for name in merge.norms}
         if merge.kind == "identity":
             return {}
-        maps = self._solved(self._equations([merge], taken)[_key(merge)], merge)
-        return {**maps, **(self._moved([merge], maps, taken) if merge.moved else {})}
+        equations = self._equations([merge], pairs)[_key(merge)]
+        maps = self._solved(equations, merge)
+        if self.options.through and not merge.sides and not merge.moved:
+            maps[merge.id] = self._through(merge, equations, maps[merge.id], pairs)
+        return {**maps, **(self._moved([merge], maps, pairs) if merge.moved else {})}
+
+    def _through(self, merge: Candidate, equations: NormalEquations, affine: Affine, pairs: Sequence[Pair]) -> Affine:
+        """The weights fitted through the activation that all readers of the exit apply, if they do."""
+        exit_node = self.replay.named[merge.exit]
+        readers = list(exit_node.users)
+        verdicts = [self.findings.operators.verdict(Site(self.folded, node)) for node in readers]
+        kinds = {verdict.name for verdict in verdicts if isinstance(verdict, Activation)}
+        if len(kinds) != 1 or not all(isinstance(v, Activation) for v in verdicts) or readers[0].all_input_nodes != [exit_node]:
+            return affine
+        rows = Rows(merge.geometry, self.options.memory_bytes // 4)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        with torch.inference_mode(False):
+            for original, student in pairs:
+                x, y = self.image(merge.entry, student).clone(), self.image(merge.exit, original).clone()
+                if not rows.add(x, y, self.positions(equations.geometry, x, y, generator)):
+                    return affine
+
+            def activation(value: Tensor) -> Tensor:
+                result: Tensor = self.replay.run(readers[0], {exit_node: value})
+                return result
+
+            return rows.fitted(equations, affine, activation, ridge=self.options.ridge, rounds=self.options.through)
 
     def scores(self, proposals: Sequence[Proposal], maps: Mapping[str, Affine]) -> dict[str, Importance]:
         """How far the output moves for each candidate alone."""
@@ -416,6 +446,10 @@ class _Work:
         taken = {}
         for merge in plan.merges:
             taken[merge.exit] = self.replacement(segments[merge.id], merge, weights)
+        for name, affine in weights.items():
+            node = self.replay.named.get(name)
+            if node is not None:  # a layer that stays
+                taken[name] = (node.args[0].name,), partial(with_weights, affine)  # type: ignore[union-attr]
         total, images = 0.0, 0
         with torch.inference_mode():
             for batch in self.batches:

@@ -44,7 +44,7 @@ class Replay:
         inputs = iter(arguments)
         replaced = replaced or {}
         stop = self.named[last] if last is not None else None
-        needed = self._needed(stop, replaced) if stop is not None or replaced else None
+        needed = self.needed(stop, replaced) if stop is not None or replaced else None
         for node in self.nodes:
             if node.op == "placeholder":
                 env[node] = next(inputs, node.args[0] if node.args else None)
@@ -53,12 +53,12 @@ class Replay:
             elif node.name in replaced:
                 env[node] = self.computed(replaced[node.name], env)
             else:
-                env[node] = self._run(node, env)
+                env[node] = self.run(node, env)
             if node is stop:
                 break
         return env
 
-    def _needed(self, stop: Node | None, replaced: Mapping[str, Replacement]) -> set[Node]:
+    def needed(self, stop: Node | None, replaced: Mapping[str, Replacement]) -> set[Node]:
         """Nodes that the stop (or the output) depends on when replaced exits read their entries only."""
         needed: set[Node] = set()
         waiting = [stop if stop is not None else self.output]
@@ -82,7 +82,7 @@ class Replay:
         overlay: dict[Node, Any] = {start: value}
         for node in self._downstream(start):
             arguments = _Overlaid(env, overlay)
-            overlay[node] = self._run(node, arguments)
+            overlay[node] = self.run(node, arguments)
         return overlay[self.output]
 
     def _downstream(self, start: Node) -> tuple[Node, ...]:
@@ -94,7 +94,8 @@ class Replay:
             self._below[start] = tuple(node for node in self.nodes if node in seen and node is not start)
         return self._below[start]
 
-    def _run(self, node: Node, env: Any) -> Any:
+    def run(self, node: Node, env: Any) -> Any:
+        """The value of one node, from those of its operands."""
         args = map_arg(node.args, env.__getitem__)
         kwargs = map_arg(node.kwargs, env.__getitem__)
         if node.op == "call_module":

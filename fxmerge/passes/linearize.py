@@ -53,6 +53,7 @@ from fxmerge.operators import (
     read_expression,
     write_map,
 )
+from fxmerge.passes.adjust import adjust, layer_at
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass
 
@@ -92,6 +93,7 @@ class Linearize(Pass):
             else:
                 work.check_activations()
                 work.replace(self.weights, norm=self.norms)
+        adjust(student, {name: affine for name, affine in self.weights.items() if layer_at(graph, name) is not None})
         tidy(student)
         return copy.deepcopy(student) if self.own else student
 
@@ -107,7 +109,8 @@ def linearize(
 
     Args:
         graph: from :func:`fxmerge.annotate`.
-        weights: from :func:`fxmerge.fit`, by name of the merge or of a part of it; where there is none, torch's initialisation.
+        weights: from :func:`fxmerge.fit`, by name of the merge or of a part of it; where there is none, torch's initialisation;
+            by the name of its node, what a layer that stays is to compute.
         norms: put a batch norm, for now an identity, behind every fitted convolution.
         operators: what was known of operators when the plan was made; None for the default table.
 

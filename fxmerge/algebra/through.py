@@ -1,0 +1,106 @@
+r"""Least squares through an activation: what a ReLU cuts off need not be met.
+
+    min over W   of   sum over positions p of |f(W z_p) - f(y_p)|^2,       z = (patch, 1),  f pointwise
+
+by majorisation (Hunter, Lange 2004), each round a least-squares problem with the Gram matrix of the first: with q = W z the
+value so far, the target of the next round is
+
+    t = q - slope * (f(q) - f(y)),      slope = max(f'(q), (f(q) - f(y)) / (q - y))
+
+For ReLU that is y where y > 0 and q >= 0, min(q, 0) where y <= 0, and between the two where y > 0 > q. A round that makes the sum
+larger is not taken, so the result is never worse, on the data, than what it starts from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.least_squares import NormalEquations, patches
+from fxmerge.core.geometry import Geometry
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Rows:
+    """What a convolution of one geometry reads at some positions, and what it should give there.
+
+    Args:
+        geometry: of the convolution.
+        memory_bytes: bound on what is held.
+    """
+
+    geometry: Geometry
+    memory_bytes: int
+    read: list[Tensor] = field(default_factory=list)
+    wanted: list[Tensor] = field(default_factory=list)
+    held: int = 0
+
+    def add(self, x: Tensor, y: Tensor, positions: Tensor | None) -> bool:
+        """Add a batch: inputs (N, C_in, *size), targets (N, C_out, *outputs); False, and nothing is held, where it is too much."""
+        z = patches(x, self.geometry, positions)
+        flat = y.movedim(1, -1).flatten(0, -2)
+        self.read.append(torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2))
+        self.wanted.append(flat if positions is None else flat[positions])
+        self.held += self.read[-1].nbytes + 4 * self.wanted[-1].nbytes
+        if 2 * self.held <= self.memory_bytes:  # they are joined once
+            return True
+        self.read.clear()
+        self.wanted.clear()
+        return False
+
+    def fitted(self, equations: NormalEquations, start: Affine, activation: Activation, *, ridge: float, rounds: int) -> Affine:
+        """The best convolution, as seen behind the activation, from ``start`` on.
+
+        Args:
+            equations: of these rows, and of this geometry.
+            start: their plain solution.
+            activation: pointwise on (rows, C_out).
+            ridge: as in :meth:`NormalEquations.solve`.
+            rounds: at most so many.
+        """
+        z, y = torch.cat(self.read, 1), torch.cat(self.wanted)
+        with torch.no_grad():
+            reached = activation(y)
+        factored = equations.factored(self.geometry, ridge=ridge)
+        best, loss, now = start, math.inf, start
+        for _ in range(rounds + 1):
+            value = self._value(now, z)
+            seen, slope = _seen_and_slope(activation, value, y, reached)
+            found = float((seen - reached).double().square().sum())
+            if not found < loss * (1 - 1e-4):
+                break
+            best, loss = now, found
+            target = value - slope * (seen - reached)
+            now = factored.affine(self._products(z, target))
+        return best
+
+    def _value(self, affine: Affine, z: Tensor) -> Tensor:
+        """(rows, C_out)."""
+        groups = self.geometry.groups
+        weight = affine.weight.reshape(groups, -1, z.shape[2] - 1).mT
+        bias = affine.bias.reshape(groups, 1, -1)
+        return (z @ torch.cat((weight, bias), 1).to(z)).transpose(0, 1).flatten(1)
+
+    def _products(self, z: Tensor, target: Tensor) -> Tensor:
+        """z t^T, float64, (groups, m + 1, C_out/groups)."""
+        grouped = target.unflatten(1, (self.geometry.groups, -1)).transpose(0, 1)
+        return (z.mT @ grouped).double()
+
+
+def _seen_and_slope(activation: Activation, value: Tensor, y: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+    """f(q), and the slope of the majorising parabola."""
+    with torch.enable_grad():
+        at = value.detach().clone().requires_grad_()
+        seen = activation(at)
+        (derivative,) = torch.autograd.grad(seen.sum(), at)
+    seen = seen.detach()
+    apart = value - y
+    secant = torch.where(apart.abs() > 1e-12, (seen - reached) / torch.where(apart == 0, 1.0, apart), derivative)
+    return seen, torch.maximum(derivative, secant).clamp(0, 1)

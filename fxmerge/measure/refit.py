@@ -1,0 +1,259 @@
+r"""Weights for a whole plan, in one walk over the network from the input on, original and student side by side.
+
+At every merge and, behind the first merge, at every layer that stays: the student's own values go in, the original's are wanted, so
+that errors do not add up. A layer that stays starts from the weights it has,
+
+    min over W, b of   sum over positions of |W patch + b + s - y|^2  +  lambda |W - W0|^2
+
+where, if its output is added to other tensors, y is the original's sum and s the student's other operands: so a residual branch
+makes up for what its skip carries. lambda is the one, of a few, that does best on images held out; where none beats the weights
+that the layer has, they stay.
+
+Every node runs once for the original and once for the student; the values that a later node needs lie on a :class:`Shelf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.least_squares import NormalEquations, unknowns
+from fxmerge.algebra.module import convolved
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.geometry import Geometry
+from fxmerge.core.plan import Plan
+from fxmerge.core.segment import Candidate, Segment
+from fxmerge.graph.query import has_sole_user, module_of
+from fxmerge.measure.calibration import Batch
+from fxmerge.measure.replay import Replacement, Replay
+from fxmerge.measure.shelf import Shelf, Values
+from fxmerge.operators import Join, Map, Site
+from fxmerge.passes.adjust import layer_at
+
+#: The lambdas tried for layers that stay, relative to the mean of the Gram matrix's diagonal.
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+#: Of so many batches, one is held out.
+_HELD_OUT = 5
+#: A layer keeps its weights where there are fewer positions than this for each unknown.
+_LEAST_ROWS = 2
+#: The name of the only target in a layer's equations.
+_TARGET = ""
+
+
+class Fitting(Protocol):
+    """What the walk asks of the closed-form scorer."""
+
+    findings: Findings
+    folded: GraphModule
+    replay: Replay
+    batches: Sequence[Batch]
+
+    def refit(self, merge: Candidate, pairs: Sequence[tuple[Any, Any]]) -> dict[str, Affine]: ...
+
+    def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement: ...
+
+    def positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None: ...
+
+
+@dataclass
+class Walk:
+    """One walk.
+
+    Args:
+        work: fits single merges.
+        plan: what is merged.
+        segments: of the plan's merges, by their ids.
+        stay: whether layers that stay are fitted too.
+        seed: of the sampling of positions.
+        progress: called with (done, total) merges.
+    """
+
+    work: Fitting
+    plan: Plan
+    segments: Mapping[str, Segment]
+    stay: bool
+    seed: int
+    progress: Callable[[int, int], None] | None = None
+    weights: dict[str, Affine] = field(init=False, default_factory=dict)
+    changed: set[Node] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        replay = self.work.replay
+        self.merges = {merge.exit: merge for merge in self.plan.merges}
+        reads = {merge.exit: ((merge.entry, *self._sides(merge)), _unused) for merge in self.plan.merges}
+        self.needed = replay.needed(None, reads)
+        self.last: dict[Node, int] = {}
+        for index, node in enumerate(replay.nodes):
+            for operand in (*node.all_input_nodes, *(replay.named[name] for name in reads.get(node.name, ((), None))[0])):
+                self.last[operand] = index
+
+    def _sides(self, merge: Candidate) -> tuple[str, ...]:
+        return (*merge.sides, *self.segments[merge.id].expression.sides)
+
+    def run(self, shelf: Shelf) -> dict[str, Affine]:
+        """Weights of the merges and their parts by name, and of the layers that stay by the name of their node."""
+        work = self.work
+        self.original = [Values(shelf) for _ in work.batches]
+        self.student = [Values(shelf) for _ in work.batches]
+        done = 0
+        for index, node in enumerate(work.replay.nodes):
+            if node is work.replay.output:
+                break
+            with torch.inference_mode():
+                self._compute_original(node)
+            if node.name in self.merges:
+                self._merge(node, self.merges[node.name])
+                done += 1
+                if self.progress is not None:
+                    self.progress(done, len(self.merges))
+                if done == len(self.merges) and not self.stay:
+                    break
+            elif node in self.needed and self.changed.intersection(node.all_input_nodes):
+                self._stay(node)
+            self._drop(index)
+        return self.weights
+
+    def _compute_original(self, node: Node) -> None:
+        place = None
+        if node.op == "placeholder":
+            place = [n for n in self.work.replay.nodes if n.op == "placeholder"].index(node)
+        for batch, values in zip(self.work.batches, self.original, strict=True):
+            if place is None:
+                values[node] = self.work.replay.run(node, values)
+            else:
+                values[node] = batch[place] if place < len(batch) else (node.args[0] if node.args else None)
+
+    def _drop(self, index: int) -> None:
+        for values in (*self.original, *self.student):
+            for node in [node for node in values if self.last.get(node, -1) <= index]:
+                values.drop(node)
+
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        """(original, student) values of every batch; what does not differ is held once."""
+        return [(original, _Over(student, original)) for original, student in zip(self.original, self.student, strict=True)]
+
+    def _merge(self, node: Node, merge: Candidate) -> None:
+        pairs = self._pairs()
+        before = self.changed.intersection(self.work.replay.named[name] for name in (merge.entry, *self._sides(merge)))
+        if merge.exact and not before:
+            return
+        self.weights.update(self.work.refit(merge, pairs))
+        replacement = self.work.replacement(self.segments[merge.id], merge, self.weights)
+        self.changed.add(node)
+        with torch.inference_mode():
+            for (_, student), values in zip(pairs, self.student, strict=True):
+                values[node] = self.work.replay.computed(replacement, student)
+
+    def _stay(self, node: Node) -> None:
+        """A node that is computed from changed values; its weights, if it has any, are fitted to them."""
+        self.changed.add(node)
+        affine = self._fitted(node) if self.stay else None
+        if affine is not None:
+            self.weights[node.name] = affine
+        with torch.inference_mode():
+            for (_, student), values in zip(self._pairs(), self.student, strict=True):
+                values[node] = self.work.replay.run(node, student) if affine is None else with_weights(affine, student[node.args[0]])
+
+    def _fitted(self, node: Node) -> Affine | None:
+        """Weights for a layer that stays, if others than its own are better on the images held out."""
+        layer = layer_at(self.work.findings.graph, node.name)
+        prior = self._own(node) if layer is not None else None
+        if prior is None:
+            return None
+        learn, judge = (NormalEquations.empty(prior.geometry, prior.weight.device) for _ in range(2))
+        generator = torch.Generator().manual_seed(self.seed)
+        added = self._added_to(node)
+        operand = node.args[0]
+        assert isinstance(operand, Node)
+        pairs = self._pairs()
+        with torch.inference_mode():
+            for number, (original, student) in enumerate(pairs):
+                x, y = _rows(prior.geometry, student[operand]), _rows(prior.geometry, self._wanted(node, added, original, student))
+                last = number % _HELD_OUT == _HELD_OUT - 1 or (number and number == len(pairs) - 1 and not judge.rows)
+                (judge if last else learn).add(x, {_TARGET: y}, self.work.positions(prior.geometry, x, y, generator))
+            if not judge.rows or learn.rows < _LEAST_ROWS * unknowns(prior.geometry):
+                return None
+            return _better(learn, judge, prior)
+
+    def _own(self, node: Node) -> Affine | None:
+        """The weights that a layer has in the folded network; None where it is no plain convolution or linear layer there."""
+        module: Any = module_of(self.work.folded, node)
+        if type(module) is nn.Linear:
+            geometry = Geometry(module.in_features, module.out_features, (), bias=True)
+            return Affine.of(geometry, module.weight, module.bias)
+        operators = self.work.findings.operators
+        site = Site(self.work.folded, node)
+        verdict, operator = operators.verdict(site), operators.find(self.work.folded, node)
+        if operator is None or not isinstance(verdict, Map) or verdict.role != "convolution":
+            return None
+        affine = operator.affine(site)
+        return Affine(_with_bias(affine.geometry), affine.weight, affine.bias)
+
+    def _added_to(self, node: Node) -> Node | None:
+        """The sum that a layer's output goes into and nowhere else, where the student's other operands are known."""
+        if not has_sole_user(node):
+            return None
+        reader = next(iter(node.users))
+        verdict = self.work.findings.operators.verdict(Site(self.work.folded, reader))
+        if not isinstance(verdict, Join) or verdict.kind != "sum" or verdict.operands.count(node) != 1:
+            return None
+        known = all(operand in self.original[0] for operand in verdict.operands)
+        return reader if known and reader.name not in self.merges and reader in self.needed else None
+
+    def _wanted(self, node: Node, added: Node | None, original: Values, student: _Over) -> Tensor:
+        if added is None:
+            value: Tensor = original[node]
+            return value
+        others = [operand for operand in added.all_input_nodes if operand is not node]
+        wanted: Tensor = original[node]
+        for other in others:
+            if other in self.changed:
+                wanted = wanted + (original[other] - student[other])
+        return wanted
+
+
+def _unused(*_: Tensor) -> Tensor:
+    raise AssertionError("only what it reads is asked for")
+
+
+@dataclass(frozen=True)
+class _Over:
+    """The student's values; the original's, where they do not differ."""
+
+    student: Values
+    original: Values
+
+    def __getitem__(self, node: Node) -> Any:
+        return self.student[node] if node in self.student else self.original[node]
+
+
+def _with_bias(geometry: Geometry) -> Geometry:
+    return Geometry(geometry.in_channels, geometry.out_channels, geometry.axes, geometry.groups, True, geometry.even)
+
+
+def _rows(geometry: Geometry, value: Tensor) -> Tensor:
+    """Of a linear layer, every position an image."""
+    return value if geometry.axes else value.flatten(0, -2)
+
+
+def _better(learn: NormalEquations, judge: NormalEquations, prior: Affine) -> Affine | None:
+    """The best lambda's weights, from all rows; None where the prior is better on the rows held out."""
+    found = [(judge.error(_TARGET, prior), 0.0)]
+    for ridge in RIDGES:
+        error = judge.error(_TARGET, learn.solve(_TARGET, prior.geometry, ridge=ridge, prior=prior))
+        if error == error:
+            found.append((error, ridge))
+    _, ridge = min(found)
+    return learn.plus(judge).solve(_TARGET, prior.geometry, ridge=ridge, prior=prior) if ridge else None
+
+
+def with_weights(affine: Affine, x: Tensor) -> Tensor:
+    """What a layer with these weights makes of its operand."""
+    return convolved(affine, x) if affine.geometry.axes else F.linear(x, affine.weight.to(x), affine.bias.to(x))
