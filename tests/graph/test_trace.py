@@ -279,3 +279,12 @@ def test_a_functional_network_keeps_the_keys_of_its_state_dict() -> None:
 
     model = Functional()
     assert list(trace(model, IMAGE).state_dict()) == list(model.state_dict())
+
+
+def test_code_of_torchvision_is_the_users_own_not_torchs() -> None:
+    """Its folder's name begins with that of torch."""
+    torchvision = pytest.importorskip("torchvision")
+    graph = trace(torchvision.models.squeezenet1_1(weights=None).eval(), torch.randn(1, 3, 64, 64))
+    lines = {facts(node).source for node in graph.graph.nodes if node.op.startswith("call_")}
+    assert "" not in lines
+    assert any("torchvision" in line and "squeezenet.py:" in line for line in lines)
