@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks.zoo import readme
 from benchmarks.zoo.check import PLANS, examine
 from benchmarks.zoo.models import Entry, entries
 from benchmarks.zoo.report import law_text
@@ -52,3 +55,13 @@ def test_a_model_is_read_and_the_law_holds(name: str) -> None:
     assert row["untold"] == []
     assert law_text(row) == "held"
     assert len(row["errors"]) == PLANS
+
+
+def test_the_readme_has_the_table_of_the_recorded_run(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    report = (root / "benchmarks" / "results" / "zoo.md").read_text(encoding="utf-8")
+    assert readme.table(report) in text
+    (tmp_path / "README.md").write_text(text)
+    readme.put(tmp_path / "README.md", report.replace("| timm | 199 |", "| timm | 200 |"))
+    assert (tmp_path / "README.md").read_text() == text.replace("| timm | 216 |", "| timm | 217 |")

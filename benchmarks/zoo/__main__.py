@@ -33,6 +33,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.zoo import readme
 from benchmarks.zoo.models import entries
 from benchmarks.zoo.process import in_a_process, source
 from benchmarks.zoo.report import Row, law_text, report, status
@@ -53,6 +54,8 @@ def main() -> None:
     run(options, store)
     text = re.sub(r"/\S*/(site-packages|benchmarks)/", r"\1/", "\n\n".join(report(entries(), stored(store))))
     options.out.write_text(text + "\n", encoding="utf-8")
+    if len(stored(store)) >= len(entries()):  # the README tells of whole runs
+        readme.put(Path(__file__).parents[2] / "README.md", text)
     print(text.partition("\n## ")[0])  # noqa: T201
 
 

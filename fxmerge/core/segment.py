@@ -33,6 +33,25 @@ class Reason(str, Enum):
     LAYOUT = "channels are the last dimension here, or not of all operands"
 
 
+#: What would help, for each reason, where nothing better is known of the node.
+ADVICE: Mapping[Reason, str] = {
+    Reason.OPAQUE: "if it is affine or pointwise, give an operator for it: default_operators().extended()",
+    Reason.BATCH_STATISTICS: "a batch norm with running statistics in its place can be merged",
+    Reason.SHARED: "give each call a module of its own, if they need not share weights",
+    Reason.USED_OUTSIDE: "whatever else reads this tensor keeps it; let that read what enters or leaves the stretch",
+    Reason.STRIDES: "give all paths that meet here the same stride in all",
+    Reason.CHANNELS: "give all paths that meet here the same channels",
+    Reason.PADDING_MODE: "pad with zeros, if the network can be trained again",
+    Reason.SHAPE: "only tensors (batch, channels, one to three dimensions) of known size are merged",
+    Reason.SOLE: "nothing; what is before and behind it cannot be merged",
+    Reason.TOO_LARGE: "a larger max_extent of find_segments() allows it",
+    Reason.COMPUTED_WEIGHT: "compute the weight from parameters alone",
+    Reason.UPSAMPLING: "enlarge by whole factors, by nearest neighbours or transposed convolutions, not what was just made smaller",
+    Reason.HOOKED: "remove the hooks before tracing",
+    Reason.LAYOUT: "bring all operands to one layout, channels first or last, before it",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A node, or a stretch up to a node, that cannot be merged, and why.
@@ -41,7 +60,7 @@ class Refusal:
         node: name of the graph node.
         reason: one of a documented list.
         detail: what was found there.
-        advice: what would help; may be empty.
+        advice: what would help; where none is given, what helps with this reason in general.
         target: the qualified module name or function, as a user would find it in the model.
         source: file and line of the user's code, where known.
     """
@@ -52,6 +71,10 @@ class Refusal:
     advice: str = ""
     target: str = ""
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.advice:
+            object.__setattr__(self, "advice", ADVICE[self.reason])
 
     def __str__(self) -> str:
         text = f"{self.node}: {self.reason.value}"

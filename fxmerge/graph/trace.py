@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -257,7 +258,7 @@ def _last_user_frame(stack: str) -> str:
     for line in reversed(stack.splitlines()):
         parts = line.strip().split('"')
         if len(parts) == 3 and parts[0] == "File ":
-            if any(str(root) in parts[1] for root in (_HERE, _TORCH)):
+            if any(f"{root}{os.sep}" in parts[1] for root in (_HERE, _TORCH)):  # .../torch/, not .../torchvision/
                 continue
             number = parts[2].removeprefix(", line ").split(",")[0]
             return f"{parts[1]}:{number}"

@@ -73,3 +73,9 @@ def test_a_segment_names_its_convolutions_and_prints_its_ends() -> None:
     segment = Segment("x", "conv2", "relu_1", nodes, ("relu",), expression)
     assert segment.convolutions == ("conv1", "conv2")
     assert str(segment) == "x -> relu_1"
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_comes_with_what_would_help(reason: Reason) -> None:
+    assert len(Refusal("conv", reason).advice) > 10
+    assert Refusal("conv", reason, advice="buy a new one").advice == "buy a new one"

@@ -279,3 +279,23 @@ def test_a_functional_network_keeps_the_keys_of_its_state_dict() -> None:
 
     model = Functional()
     assert list(trace(model, IMAGE).state_dict()) == list(model.state_dict())
+
+
+def test_code_of_torchvision_is_the_users_own_not_torchs() -> None:
+    """Its folder's name begins with that of torch."""
+    torchvision = pytest.importorskip("torchvision")
+    graph = trace(torchvision.models.squeezenet1_1(weights=None).eval(), torch.randn(1, 3, 64, 64))
+    lines = {facts(node).source for node in graph.graph.nodes if node.op.startswith("call_")}
+    assert "" not in lines
+    assert any("torchvision" in line and "squeezenet.py:" in line for line in lines)
+
+
+def test_a_norm_left_in_train_mode_inside_a_model_in_eval_mode_is_read_in_eval_mode_and_stays_as_it_was() -> None:
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4)).eval()
+    model[1].train()
+    before = model[1].running_mean.clone()
+    graph = trace(model, IMAGE)
+    assert model[1].training
+    assert torch.equal(model[1].running_mean, before)
+    twin = nn.Sequential(*model).eval()
+    assert relative_error(twin(IMAGE), graph(IMAGE)) < 1e-6
