@@ -215,7 +215,7 @@ class _Work:
 
     def weights(self, proposals: Sequence[Proposal]) -> dict[str, Affine]:
         """Weights for every candidate that has any, and for the parts of it."""
-        self.fix_norms([name for p in proposals for c in p.candidates if c.kind == "composed" for name in c.norms])
+        self.fix_norms([name for p in proposals for c in p.candidates for name in c.fixed])
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
         equations = self._equations(fitted, {})
         self.starved += [(unknowns(c.geometry) / max(1, equations[_key(c)].rows), c) for c in fitted]
@@ -289,8 +289,8 @@ class _Work:
     def _maps(self, expression: Expression, candidate: Candidate) -> dict[str, Affine]:
         graph = self.findings.graph
         nodes = [node for step in expression.steps[1:] if (node := node_named(graph, step.name)) is not None]
-        self.fix_norms(candidate.norms)
-        fixed = {name: self.fixed[name] for name in candidate.norms}
+        self.fix_norms(candidate.fixed)
+        fixed = {name: self.fixed[name] for name in candidate.fixed}
         return {**read_maps(graph, nodes, self.findings.verdicts, self.findings.operators), **fixed}
 
     def fix_norms(self, names: Sequence[str]) -> None:
@@ -380,8 +380,8 @@ class _Work:
     def refit(self, merge: Candidate, taken: Mapping[str, Replacement]) -> dict[str, Affine]:
         """Weights for one merge inside the student made so far, and for its parts."""
         if merge.kind == "composed":
-            self.fix_norms(merge.norms)
-            return {merge.part(name): self.fixed[name] for name in merge.norms}
+            self.fix_norms(merge.fixed)
+            return {merge.part(name): self.fixed[name] for name in merge.fixed}
         if merge.kind == "identity":
             return {}
         maps = self._solved(self._equations([merge], taken)[_key(merge)], merge)
