@@ -27,7 +27,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal, Segment, narrowed
 from fxmerge.core.table import Importance
-from fxmerge.errors import CalibrationError, PlanMismatchError
+from fxmerge.errors import CalibrationError, InputError, PlanMismatchError
 from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import data_operands, node_named
@@ -52,6 +52,7 @@ class Reconstruction:
         rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
         least_rows: at least so many positions.
         divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
+        shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
         coarse_images: of these, how many tell which candidates are worth measuring on all, where latencies are known.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
@@ -64,6 +65,7 @@ class Reconstruction:
     rows_per_unknown: int = 16
     least_rows: int = 16384
     divergence: Divergence | None = None
+    shares: Callable[[Batch], Tensor] | None = None
     score_images: int = 256
     coarse_images: int = 16
     hopeless: float = 1.0
@@ -74,7 +76,9 @@ class Reconstruction:
     def settings(self) -> str:
         """All options that decide a score."""
         name = function_name(self.divergence or divergence)
-        numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("divergence", "coarse_images")]
+        others = ("divergence", "shares", "coarse_images")
+        numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in others]
+        numbers += [] if self.shares is None else [f"shares={function_name(self.shares)}"]
         return f"reconstruction divergence={name} {' '.join(numbers)}"
 
     def coarse(self) -> Reconstruction | None:
@@ -97,6 +101,10 @@ class Reconstruction:
                 stacklevel=2,
             )
         return _grouped(fitting, self.memory_bytes, at_least)
+
+    def work(self, findings: Findings, batches: Sequence[Batch]) -> _Work:
+        """What fits and replaces candidates, for scorers that judge the outputs in another way."""
+        return _Work(self, findings, batches)
 
     def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
         """What scores the candidates of one task: one pass over the data for their weights, one for their scores.
@@ -172,11 +180,11 @@ class _Work:
         self.folded = FoldBatchNorm(self.findings.operators, entries).apply(self.findings.graph)
         self.replay = Replay(self.folded)
         if self.batches:
-            self.batches = in_parts(self.batches, self.folded, self._images_at_once())
+            self.batches = in_parts(self.batches, self.folded, self.images_at_once())
         empty = torch.empty(0)
         self.like: Tensor = next((p for p in self.folded.parameters() if p.is_floating_point()), empty)
 
-    def _images_at_once(self) -> int:
+    def images_at_once(self) -> int:
         """So many that all tensors of a batch fit into the memory limit."""
         known = [facts(node) for node in self.folded.graph.nodes if facts(node).shape]
         batch = max((known_of.shape[0] for known_of in known if known_of.shape and len(known_of.shape) > 2), default=1)
@@ -194,10 +202,25 @@ class _Work:
                 f"the network rejects calibration inputs of size {sizes}: {text}. Give images of the size it was traced with"
             ) from fault
 
-    def divergence(self, reference: Any, changed: Any, images: int) -> float:
-        """Summed over the images of a batch."""
-        measure = self.options.divergence or partial(divergence, images=images)
-        return float(measure(reference, changed).sum())
+    def divergence(self, reference: Any, changed: Any, batch: Batch) -> float:
+        """Summed over the images of a batch, each for what it counts."""
+        measure = self.options.divergence or partial(divergence, images=images_in(batch))
+        found, shares = measure(reference, changed), self.shares(batch)
+        return float(found.sum() if shares is None else (found * shares.to(found)).sum())
+
+    def shares(self, batch: Batch) -> Tensor | None:
+        """How much each image of a batch counts; None where all count alike."""
+        if self.options.shares is None:
+            return None
+        shares = self.options.shares(batch)
+        if shares.shape != (images_in(batch),) or not bool((shares >= 0).all() & shares.isfinite().all()):
+            raise InputError(f"shares must give a number from 0 on for each of {images_in(batch)} images, gave {shares!r:.200}")
+        return shares
+
+    def weight_of(self, batch: Batch) -> float:
+        """What the images of a batch count together."""
+        shares = self.shares(batch)
+        return images_in(batch) if shares is None else float(shares.sum())
 
     def segments_of(self, plan: Plan) -> dict[str, Segment]:
         """The segment that each merge of a plan is made of, by the merge's id."""
@@ -261,7 +284,9 @@ class _Work:
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
                     positions = self._positions(equations[key].geometry, x, next(iter(targets.values())), generator)
-                    equations[key].add(x, targets, positions, sides=self._sides(members[0], original, len(x)))
+                    equations[key].add(
+                        x, targets, positions, sides=self._sides(members[0], original, len(x)), shares=self.shares(batch)
+                    )
         return equations
 
     def _image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
@@ -300,7 +325,8 @@ class _Work:
             with torch.inference_mode():
                 values = self.original(batch)
                 for name, total in sums.items():
-                    total.add(self._image(data_operands(self.replay.named[name])[0].name, values), self._image(name, values))
+                    operand = data_operands(self.replay.named[name])[0].name
+                    total.add(self._image(operand, values), self._image(name, values), self.shares(batch))
         self.fixed.update({name: total.solve() for name, total in sums.items()})
 
     def _sides(self, candidate: Candidate, values: Mapping[Node, Any], images: int) -> Tensor | None:
@@ -329,7 +355,7 @@ class _Work:
                 for candidate in moved:
                     names, compute = self._on_images(candidate, maps)
                     found = compute(self._image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
-                    sums[candidate.id].add(found, self._image(candidate.exit, original))
+                    sums[candidate.id].add(found, self._image(candidate.exit, original), self.shares(batch))
         return {c.part(c.moved): sums[c.id].solve() for c in moved}
 
     def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement:
@@ -393,21 +419,22 @@ class _Work:
         segments = {c.id: p.segment for p in proposals for c in p.candidates}
         scores = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact}
         sums = dict.fromkeys(pending, 0.0)
-        images = 0
+        images, weight = 0, 0.0
         with torch.inference_mode():
-            for batch in in_parts(self.batches, self.folded, self._images_at_once(), limit=self.options.score_images):
+            for batch in in_parts(self.batches, self.folded, self.images_at_once(), limit=self.options.score_images):
                 env = self.original(batch)
                 reference = env[self.replay.output]
                 images += images_in(batch)
+                weight += self.weight_of(batch)
                 for name, candidate in list(pending.items()):
                     value = self.replay.computed(self.replacement(segments[name], candidate, maps), env)
                     changed = self.replay.output_with(env, candidate.exit, value)
-                    sums[name] += self.divergence(reference, changed, images_in(batch))
-                    if not sums[name] / images <= self.options.hopeless:
-                        scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
+                    sums[name] += self.divergence(reference, changed, batch)
+                    if not sums[name] <= self.options.hopeless * weight:
+                        scores[name] = Importance(_sane(sums[name], weight), images, "reconstruction")
                         del pending[name]
         for name in pending:
-            scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
+            scores[name] = Importance(_sane(sums[name], weight), images, "reconstruction")
         return scores
 
     def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
@@ -416,14 +443,14 @@ class _Work:
         taken = {}
         for merge in plan.merges:
             taken[merge.exit] = self.replacement(segments[merge.id], merge, weights)
-        total, images = 0.0, 0
+        total, weight = 0.0, 0.0
         with torch.inference_mode():
             for batch in self.batches:
                 reference = self.original(batch)[self.replay.output]
                 changed = self.replay.values(batch, replaced=taken)[self.replay.output]
-                total += self.divergence(reference, changed, images_in(batch))
-                images += images_in(batch)
-        return _sane(total / images)
+                total += self.divergence(reference, changed, batch)
+                weight += self.weight_of(batch)
+        return _sane(total, weight)
 
 
 def _key(candidate: Candidate) -> _Key:
@@ -470,8 +497,11 @@ def _require_finite(name: str, value: Tensor) -> None:
         raise CalibrationError(f"the network gives NaN or infinity at {name} on the calibration inputs; check their preprocessing")
 
 
-def _sane(loss: float) -> float:
-    """A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+def _sane(total: float, weight: float) -> float:
+    """The mean loss. A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+    if not weight > 0:
+        raise InputError("no image counts: shares gave 0 for all")
+    loss = total / weight
     return loss if math.isfinite(loss) and loss < 1e6 else 1e6
 
 
