@@ -60,6 +60,7 @@ from fxmerge.errors import (
 from fxmerge.graph.trace import trace
 from fxmerge.interchange import read_depth_tables, read_published, write_published
 from fxmerge.measure.calibration import as_batches
+from fxmerge.measure.diffusion import NoisePrediction, TimeShares, recorded_inputs
 from fxmerge.measure.executors import Executor, Local, Processes, Ray
 from fxmerge.measure.finetuning import Custom, FineTuning
 from fxmerge.measure.latency import baseline, measure_latency, worthwhile
@@ -104,6 +105,7 @@ __all__ = [
     "Local",
     "Measurement",
     "MeasurementError",
+    "NoisePrediction",
     "NotEquivalentError",
     "NotFiniteError",
     "NothingToMergeError",
@@ -131,6 +133,7 @@ __all__ = [
     "StoreError",
     "TableError",
     "Target",
+    "TimeShares",
     "Timed",
     "Timer",
     "TraceError",
@@ -156,6 +159,7 @@ __all__ = [
     "propose",
     "read_depth_tables",
     "read_published",
+    "recorded_inputs",
     "save_student",
     "solve",
     "trace",

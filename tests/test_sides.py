@@ -60,10 +60,10 @@ def test_a_block_with_a_side_input_is_one_segment(front_end: Any) -> None:
     assert {len(s.expression.sides) for s in whole} == {1, 2}
 
 
-def test_what_needs_the_side_input_is_not_fitted() -> None:
+def test_what_takes_side_inputs_is_fitted_with_their_matrices() -> None:
     for proposal in propose(find_segments(trace(embedded(), inputs()))):
-        if proposal.segment.expression.sides:
-            assert {candidate.kind for candidate in proposal.candidates} <= {"composed", "identity"}
+        for candidate in proposal.candidates:
+            assert candidate.sides == (proposal.segment.expression.sides if candidate.kind == "fitted" else ())
 
 
 def test_the_law_holds_for_every_candidate_and_for_plans() -> None:

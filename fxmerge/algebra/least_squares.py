@@ -98,22 +98,39 @@ class NormalEquations:
         size = unknowns(geometry) + extra
         return cls(geometry, torch.zeros(geometry.groups, size, size, dtype=torch.float64, device=device), extra=extra)
 
-    def add(self, x: Tensor, targets: dict[str, Tensor], positions: Tensor | None = None, *, sides: Tensor | None = None) -> None:
-        """Add a batch: inputs (N, C_in, *size), for every name a target (N, C_out, *outputs), and ``sides`` (N, extra)."""
+    def add(
+        self,
+        x: Tensor,
+        targets: dict[str, Tensor],
+        positions: Tensor | None = None,
+        *,
+        sides: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            x: (N, C_in, *size).
+            targets: for every name (N, C_out, *outputs).
+            positions: (rows,) indices into the N * outputs positions, images first; None for all.
+            sides: (N, extra), what is constant over space.
+            shares: (N,), how much each image counts; None for 1.
+        """
         flats = {name: y.movedim(1, -1).flatten(0, -2) for name, y in targets.items()}
         there = x.shape[0] * math.prod(self.geometry.outputs(x.shape[2:]))
         index = torch.arange(there, device=x.device) if positions is None else positions
         for at in index.split(max(1, _CHUNK_BYTES // (8 * len(self.gram) * self.gram.shape[1]))):
             z = patches(x, self.geometry, at).double()
+            images = torch.div(at, there // x.shape[0], rounding_mode="floor")
             if sides is not None:
-                images = torch.div(at, there // x.shape[0], rounding_mode="floor")
                 z = torch.cat((z, sides.double()[images].expand(len(z), -1, -1)), 2)
             z = torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2)
-            self.gram += z.mT @ z
+            weighted = z if shares is None else z * shares.double()[images].view(1, -1, 1)
+            self.gram += weighted.mT @ z
             self.rows += z.shape[1]
             for name, flat in flats.items():
                 grouped = flat[at].double().reshape(len(at), self.geometry.groups, -1).transpose(0, 1)
-                product = z.mT @ grouped
+                product = weighted.mT @ grouped
                 self.targets[name] = self.targets[name] + product if name in self.targets else product
 
     def solve(self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None) -> Affine:

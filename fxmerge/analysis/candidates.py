@@ -187,9 +187,8 @@ class _Offer:
     ) -> Candidate:
         s = self.segment
         inside = tuple(name for name in s.nodes if name in removed)
-        norms = tuple(name for name in s.norms if name not in removed)
         sides = s.expression.sides if kind == "fitted" else ()
-        return Candidate(s.entry, s.exit, s.end, kind, geometry, s.activations, inside, exact, norms, moved, sides)
+        return Candidate(s.entry, s.exit, s.end, kind, geometry, s.activations, inside, exact, s.norms, moved, sides)
 
 
 def _joins(expression: Expression) -> bool:

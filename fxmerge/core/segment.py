@@ -125,7 +125,7 @@ class Candidate:
         removed: names of the pruned convolutions and their norms (composed only).
         exact: whether the function of the original is kept, borders included.
         norms: names of the norms inside that depend on their input. In a composed candidate a scale and a shift of every channel,
-            fitted to data, stand for each; in the others they are gone.
+            fitted to data, stand for each that is not removed with its convolution; in the others they are gone.
         moved: the one of these that stands behind the convolution, its scale and shift fitted anew (fitted only); or empty.
         sides: names of the side inputs whose matrices are fitted with the convolution (fitted only).
     """
@@ -156,6 +156,11 @@ class Candidate:
         text += " pruned" if self.removed else ""
         text += f", {len(self.norms)} norm{'s' if len(self.norms) > 1 else ''} out" if self.norms else ""
         return f"{text}, then {self.moved}" if self.moved else text
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The norms that a scale and a shift stand for."""
+        return tuple(name for name in self.norms if name not in self.removed) if self.kind == "composed" else ()
 
     def part(self, name: str) -> str:
         """The name under which weights hold the map that stands for a norm, or that a side input goes through."""

@@ -28,14 +28,14 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal, Segment, narrowed
 from fxmerge.core.table import Importance
-from fxmerge.errors import CalibrationError, PlanMismatchError
+from fxmerge.errors import CalibrationError, InputError, PlanMismatchError
 from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import data_operands, node_named
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
-from fxmerge.measure.refit import Walk, with_weights
+from fxmerge.measure.refit import Pair, Walk, with_weights
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.measure.shelf import Shelf
 from fxmerge.measure.standins import ChannelSums
@@ -44,8 +44,6 @@ from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
-#: The values of the original and of the student for one batch, by node.
-Pair: TypeAlias = tuple[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +55,7 @@ class Reconstruction:
         rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
         least_rows: at least so many positions.
         divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
+        shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
         coarse_images: of these, how many tell which candidates are worth measuring on all, where latencies are known.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
@@ -71,6 +70,7 @@ class Reconstruction:
     rows_per_unknown: int = 16
     least_rows: int = 16384
     divergence: Divergence | None = None
+    shares: Callable[[Batch], Tensor] | None = None
     score_images: int = 256
     coarse_images: int = 16
     hopeless: float = 1.0
@@ -83,7 +83,9 @@ class Reconstruction:
     def settings(self) -> str:
         """All options that decide a score."""
         name = function_name(self.divergence or divergence)
-        numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("divergence", "coarse_images")]
+        others = ("divergence", "shares", "coarse_images")
+        numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in others]
+        numbers += [] if self.shares is None else [f"shares={function_name(self.shares)}"]
         return f"reconstruction divergence={name} {' '.join(numbers)}"
 
     def coarse(self) -> Reconstruction | None:
@@ -106,6 +108,10 @@ class Reconstruction:
                 stacklevel=2,
             )
         return _grouped(fitting, self.memory_bytes, at_least)
+
+    def work(self, findings: Findings, batches: Sequence[Batch]) -> _Work:
+        """What fits and replaces candidates, for scorers that judge the outputs in another way."""
+        return _Work(self, findings, batches)
 
     def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
         """What scores the candidates of one task: one pass over the data for their weights, one for their scores.
@@ -175,11 +181,11 @@ class _Work:
         self.folded = FoldBatchNorm(self.findings.operators, entries).apply(self.findings.graph)
         self.replay = Replay(self.folded)
         if self.batches:
-            self.batches = in_parts(self.batches, self.folded, self._images_at_once())
+            self.batches = in_parts(self.batches, self.folded, self.images_at_once())
         empty = torch.empty(0)
         self.like: Tensor = next((p for p in self.folded.parameters() if p.is_floating_point()), empty)
 
-    def _images_at_once(self) -> int:
+    def images_at_once(self) -> int:
         """So many that all tensors of a batch fit into the memory limit."""
         known = [facts(node) for node in self.folded.graph.nodes if facts(node).shape]
         batch = max((known_of.shape[0] for known_of in known if known_of.shape and len(known_of.shape) > 2), default=1)
@@ -197,10 +203,25 @@ class _Work:
                 f"the network rejects calibration inputs of size {sizes}: {text}. Give images of the size it was traced with"
             ) from fault
 
-    def divergence(self, reference: Any, changed: Any, images: int) -> float:
-        """Summed over the images of a batch."""
-        measure = self.options.divergence or partial(divergence, images=images)
-        return float(measure(reference, changed).sum())
+    def divergence(self, reference: Any, changed: Any, batch: Batch) -> float:
+        """Summed over the images of a batch, each for what it counts."""
+        measure = self.options.divergence or partial(divergence, images=images_in(batch))
+        found, shares = measure(reference, changed), self.shares(batch)
+        return float(found.sum() if shares is None else (found * shares.to(found)).sum())
+
+    def shares(self, batch: Batch) -> Tensor | None:
+        """How much each image of a batch counts; None where all count alike."""
+        if self.options.shares is None:
+            return None
+        shares = self.options.shares(batch)
+        if shares.shape != (images_in(batch),) or not bool((shares >= 0).all() & shares.isfinite().all()):
+            raise InputError(f"shares must give a number from 0 on for each of {images_in(batch)} images, gave {shares!r:.200}")
+        return shares
+
+    def weight_of(self, batch: Batch) -> float:
+        """What the images of a batch count together."""
+        shares = self.shares(batch)
+        return images_in(batch) if shares is None else float(shares.sum())
 
     def segments_of(self, plan: Plan) -> dict[str, Segment]:
         """The segment that each merge of a plan is made of, by the merge's id."""
@@ -218,7 +239,7 @@ class _Work:
 
     def weights(self, proposals: Sequence[Proposal]) -> dict[str, Affine]:
         """Weights for every candidate that has any, and for the parts of it."""
-        self.fix_norms([name for p in proposals for c in p.candidates if c.kind == "composed" for name in c.norms])
+        self.fix_norms([name for p in proposals for c in p.candidates for name in c.fixed])
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
         equations = self._equations(fitted, self._twice())
         self.starved += [(unknowns(c.geometry) / max(1, equations[_key(c)].rows), c) for c in fitted]
@@ -246,7 +267,7 @@ class _Work:
         for batch in self.batches:
             with torch.inference_mode():
                 values = self.original(batch)
-            yield values, values
+            yield Pair(values, values, self.shares(batch))
 
     def _equations(self, fitted: Sequence[Candidate], pairs: Iterable[Pair]) -> dict[_Key, NormalEquations]:
         """Normal equations for these candidates, from the student's values to the original's."""
@@ -260,7 +281,7 @@ class _Work:
             for key, members in shared.items()
         }
         generator = torch.Generator().manual_seed(self.options.seed)
-        for original, student in pairs if fitted else ():
+        for original, student, shares in pairs if fitted else ():
             with torch.inference_mode():
                 for key, members in shared.items():
                     x = self.image(key[0], student)
@@ -268,7 +289,8 @@ class _Work:
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
                     positions = self.positions(equations[key].geometry, x, next(iter(targets.values())), generator)
-                    equations[key].add(x, targets, positions, sides=self._sides(members[0], original, len(x)))
+                    sides = self._sides(members[0], original, len(x))
+                    equations[key].add(x, targets, positions, sides=sides, shares=shares)
         return equations
 
     def image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
@@ -296,8 +318,8 @@ class _Work:
     def _maps(self, expression: Expression, candidate: Candidate) -> dict[str, Affine]:
         graph = self.findings.graph
         nodes = [node for step in expression.steps[1:] if (node := node_named(graph, step.name)) is not None]
-        self.fix_norms(candidate.norms)
-        fixed = {name: self.fixed[name] for name in candidate.norms}
+        self.fix_norms(candidate.fixed)
+        fixed = {name: self.fixed[name] for name in candidate.fixed}
         return {**read_maps(graph, nodes, self.findings.verdicts, self.findings.operators), **fixed}
 
     def fix_norms(self, names: Sequence[str]) -> None:
@@ -307,7 +329,8 @@ class _Work:
             with torch.inference_mode():
                 values = self.original(batch)
                 for name, total in sums.items():
-                    total.add(self.image(data_operands(self.replay.named[name])[0].name, values), self.image(name, values))
+                    operand = data_operands(self.replay.named[name])[0].name
+                    total.add(self.image(operand, values), self.image(name, values), self.shares(batch))
         self.fixed.update({name: total.solve() for name, total in sums.items()})
 
     def _sides(self, candidate: Candidate, values: Mapping[Node, Any], images: int) -> Tensor | None:
@@ -329,12 +352,12 @@ class _Work:
     def _moved(self, moved: Sequence[Candidate], maps: Mapping[str, Affine], pairs: Iterable[Pair]) -> dict[str, Affine]:
         """The scale and shift of the norm behind the convolution of each of these candidates, whose weights are known."""
         sums = {c.id: ChannelSums() for c in moved}
-        for original, student in pairs if moved else ():
+        for original, student, shares in pairs if moved else ():
             with torch.inference_mode():
                 for candidate in moved:
                     names, compute = self._on_images(candidate, maps)
                     found = compute(self.image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
-                    sums[candidate.id].add(found, self.image(candidate.exit, original))
+                    sums[candidate.id].add(found, self.image(candidate.exit, original), shares)
         return {c.part(c.moved): sums[c.id].solve() for c in moved}
 
     def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement:
@@ -385,8 +408,8 @@ class _Work:
     def refit(self, merge: Candidate, pairs: Sequence[Pair]) -> dict[str, Affine]:
         """Weights for one merge, and for its parts, from the student's own values to the original's."""
         if merge.kind == "composed":
-            self.fix_norms(merge.norms)
-            return {merge.part(name): self.fixed[name] for name in merge.norms}
+            self.fix_norms(merge.fixed)
+            return {merge.part(name): self.fixed[name] for name in merge.fixed}
         if merge.kind == "identity":
             return {}
         equations = self._equations([merge], pairs)[_key(merge)]
@@ -406,7 +429,7 @@ class _Work:
         rows = Rows(merge.geometry, self.options.memory_bytes // 4)
         generator = torch.Generator().manual_seed(self.options.seed)
         with torch.inference_mode(False):
-            for original, student in pairs:
+            for original, student, _ in pairs:
                 x, y = self.image(merge.entry, student).clone(), self.image(merge.exit, original).clone()
                 if not rows.add(x, y, self.positions(equations.geometry, x, y, generator)):
                     return affine
@@ -423,21 +446,22 @@ class _Work:
         segments = {c.id: p.segment for p in proposals for c in p.candidates}
         scores = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact}
         sums = dict.fromkeys(pending, 0.0)
-        images = 0
+        images, weight = 0, 0.0
         with torch.inference_mode():
-            for batch in in_parts(self.batches, self.folded, self._images_at_once(), limit=self.options.score_images):
+            for batch in in_parts(self.batches, self.folded, self.images_at_once(), limit=self.options.score_images):
                 env = self.original(batch)
                 reference = env[self.replay.output]
                 images += images_in(batch)
+                weight += self.weight_of(batch)
                 for name, candidate in list(pending.items()):
                     value = self.replay.computed(self.replacement(segments[name], candidate, maps), env)
                     changed = self.replay.output_with(env, candidate.exit, value)
-                    sums[name] += self.divergence(reference, changed, images_in(batch))
-                    if not sums[name] / images <= self.options.hopeless:
-                        scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
+                    sums[name] += self.divergence(reference, changed, batch)
+                    if not sums[name] <= self.options.hopeless * weight:
+                        scores[name] = Importance(_sane(sums[name], weight), images, "reconstruction")
                         del pending[name]
         for name in pending:
-            scores[name] = Importance(_sane(sums[name] / images), images, "reconstruction")
+            scores[name] = Importance(_sane(sums[name], weight), images, "reconstruction")
         return scores
 
     def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
@@ -450,14 +474,14 @@ class _Work:
             node = self.replay.named.get(name)
             if node is not None:  # a layer that stays
                 taken[name] = (node.args[0].name,), partial(with_weights, affine)  # type: ignore[union-attr]
-        total, images = 0.0, 0
+        total, weight = 0.0, 0.0
         with torch.inference_mode():
             for batch in self.batches:
                 reference = self.original(batch)[self.replay.output]
                 changed = self.replay.values(batch, replaced=taken)[self.replay.output]
-                total += self.divergence(reference, changed, images_in(batch))
-                images += images_in(batch)
-        return _sane(total / images)
+                total += self.divergence(reference, changed, batch)
+                weight += self.weight_of(batch)
+        return _sane(total, weight)
 
 
 def _key(candidate: Candidate) -> _Key:
@@ -504,8 +528,11 @@ def _require_finite(name: str, value: Tensor) -> None:
         raise CalibrationError(f"the network gives NaN or infinity at {name} on the calibration inputs; check their preprocessing")
 
 
-def _sane(loss: float) -> float:
-    """A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+def _sane(total: float, weight: float) -> float:
+    """The mean loss. A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+    if not weight > 0:
+        raise InputError("no image counts: shares gave 0 for all")
+    loss = total / weight
     return loss if math.isfinite(loss) and loss < 1e6 else 1e6
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Segment
 from fxmerge.graph.query import has_sole_user, module_of
-from fxmerge.measure.calibration import Batch
+from fxmerge.measure.calibration import Batch, images_in, in_parts
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.measure.shelf import Shelf, Values
 from fxmerge.operators import Join, Map, Site
@@ -39,12 +39,25 @@ from fxmerge.passes.adjust import layer_at
 
 #: The lambdas tried for layers that stay, relative to the mean of the Gram matrix's diagonal.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-#: Of so many batches, one is held out.
+#: Of so many batches, one is held out; there are at least so many, if there are images enough.
 _HELD_OUT = 5
 #: A layer keeps its weights where there are fewer positions than this for each unknown.
 _LEAST_ROWS = 2
 #: The name of the only target in a layer's equations.
 _TARGET = ""
+
+
+class Pair(NamedTuple):
+    """One batch as both networks see it.
+
+    Args:
+        original, student: values by node.
+        shares: (N,), how much each image counts; None for all alike.
+    """
+
+    original: Any
+    student: Any
+    shares: Tensor | None
 
 
 class Fitting(Protocol):
@@ -55,7 +68,9 @@ class Fitting(Protocol):
     replay: Replay
     batches: Sequence[Batch]
 
-    def refit(self, merge: Candidate, pairs: Sequence[tuple[Any, Any]]) -> dict[str, Affine]: ...
+    def refit(self, merge: Candidate, pairs: Sequence[Pair]) -> dict[str, Affine]: ...
+
+    def shares(self, batch: Batch) -> Tensor | None: ...
 
     def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement: ...
 
@@ -86,6 +101,8 @@ class Walk:
 
     def __post_init__(self) -> None:
         replay = self.work.replay
+        images = sum(map(images_in, self.work.batches))
+        self.batches = in_parts(self.work.batches, self.work.folded, max(1, images // _HELD_OUT))
         self.merges = {merge.exit: merge for merge in self.plan.merges}
         reads = {merge.exit: ((merge.entry, *self._sides(merge)), _unused) for merge in self.plan.merges}
         self.needed = replay.needed(None, reads)
@@ -100,8 +117,8 @@ class Walk:
     def run(self, shelf: Shelf) -> dict[str, Affine]:
         """Weights of the merges and their parts by name, and of the layers that stay by the name of their node."""
         work = self.work
-        self.original = [Values(shelf) for _ in work.batches]
-        self.student = [Values(shelf) for _ in work.batches]
+        self.original = [Values(shelf) for _ in self.batches]
+        self.student = [Values(shelf) for _ in self.batches]
         done = 0
         for index, node in enumerate(work.replay.nodes):
             if node is work.replay.output:
@@ -124,7 +141,7 @@ class Walk:
         place = None
         if node.op == "placeholder":
             place = [n for n in self.work.replay.nodes if n.op == "placeholder"].index(node)
-        for batch, values in zip(self.work.batches, self.original, strict=True):
+        for batch, values in zip(self.batches, self.original, strict=True):
             if place is None:
                 values[node] = self.work.replay.run(node, values)
             else:
@@ -135,9 +152,10 @@ class Walk:
             for node in [node for node in values if self.last.get(node, -1) <= index]:
                 values.drop(node)
 
-    def _pairs(self) -> list[tuple[Any, Any]]:
-        """(original, student) values of every batch; what does not differ is held once."""
-        return [(original, _Over(student, original)) for original, student in zip(self.original, self.student, strict=True)]
+    def _pairs(self) -> list[Pair]:
+        """Every batch as both see it; what does not differ is held once."""
+        both = zip(self.original, self.student, self.batches, strict=True)
+        return [Pair(original, _Over(student, original), self.work.shares(batch)) for original, student, batch in both]
 
     def _merge(self, node: Node, merge: Candidate) -> None:
         pairs = self._pairs()
@@ -148,7 +166,7 @@ class Walk:
         replacement = self.work.replacement(self.segments[merge.id], merge, self.weights)
         self.changed.add(node)
         with torch.inference_mode():
-            for (_, student), values in zip(pairs, self.student, strict=True):
+            for (_, student, _), values in zip(pairs, self.student, strict=True):
                 values[node] = self.work.replay.computed(replacement, student)
 
     def _stay(self, node: Node) -> None:
@@ -158,8 +176,10 @@ class Walk:
         if affine is not None:
             self.weights[node.name] = affine
         with torch.inference_mode():
-            for (_, student), values in zip(self._pairs(), self.student, strict=True):
-                values[node] = self.work.replay.run(node, student) if affine is None else with_weights(affine, student[node.args[0]])
+            for (_, student, _), values in zip(self._pairs(), self.student, strict=True):
+                values[node] = (
+                    self.work.replay.run(node, student) if affine is None else with_weights(affine, student[node.args[0]])
+                )
 
     def _fitted(self, node: Node) -> Affine | None:
         """Weights for a layer that stays, if others than its own are better on the images held out."""
@@ -174,10 +194,13 @@ class Walk:
         assert isinstance(operand, Node)
         pairs = self._pairs()
         with torch.inference_mode():
-            for number, (original, student) in enumerate(pairs):
+            for number, (original, student, shares) in enumerate(pairs):
                 x, y = _rows(prior.geometry, student[operand]), _rows(prior.geometry, self._wanted(node, added, original, student))
-                last = number % _HELD_OUT == _HELD_OUT - 1 or (number and number == len(pairs) - 1 and not judge.rows)
-                (judge if last else learn).add(x, {_TARGET: y}, self.work.positions(prior.geometry, x, y, generator))
+                positions = self.work.positions(prior.geometry, x, y, generator)
+                if shares is not None:
+                    shares = shares.repeat_interleave(len(x) // len(shares))
+                equations = judge if number % _HELD_OUT == _HELD_OUT - 1 else learn
+                equations.add(x, {_TARGET: y}, positions, shares=shares)
             if not judge.rows or learn.rows < _LEAST_ROWS * unknowns(prior.geometry):
                 return None
             return _better(learn, judge, prior)

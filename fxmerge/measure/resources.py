@@ -1,7 +1,8 @@
 """What candidates and units left alone take beside time; counted, not measured.
 
 - ``parameters``: numbers in the modules that are called, each counted where it is first called; norms are folded. A candidate
-  takes C_out * C_in/groups * taps weights, C_out biases if it has any, and a matrix for every side input.
+  takes C_out * C_in/groups * taps weights, C_out biases if it has any, a matrix for every side input, and what the layers hold
+  that are kept behind it.
 - ``multiply_adds``: of convolutions and linear layers, for one image of the size traced. A map takes its weights times its output
   pixels; where it makes the image larger by u, a u-th of that, for so many taps fall on zeros between pixels
   (:meth:`Geometry.multiply_adds`). A candidate takes as many as its map, and a matrix for every side input.
@@ -9,9 +10,9 @@
   not among them. The steps are the nodes of the folded network in graph order. Alive at a step are its operands, its output, and
   every tensor computed before that is read after it. An activation writes over its operand where nobody reads that later. A
   candidate is one step, at its exit: alive are its entry, its side inputs, its output, a padded copy of the entry where it
-  cannot pad by itself, and what others computed before and read later; an identity has no output of its own. The peak of a plan
-  is the largest of its parts'. It is never below the truth where branches run one after the other, as code is written; where
-  their nodes alternate in graph order it is an estimate.
+  cannot pad by itself, and what others computed before and read later; an identity has no output of its own. A norm behind it is
+  one step more. The peak of a plan is the largest of its parts'. It is never below the truth where branches run one after the
+  other, as code is written; where their nodes alternate in graph order it is an estimate.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from fxmerge.core.resource import Name, Resource
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import attribute, data_operands, is_tensor, module_of
-from fxmerge.operators import Activation, Map
+from fxmerge.graph.query import attribute, data_operands, is_tensor, module_of, node_named
+from fxmerge.operators import Activation, Map, Norm
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 
 
@@ -61,11 +62,21 @@ def _parameters(findings: Findings, proposals: Sequence[Proposal]) -> Resource:
     of_node = {node.name: _own_parameters(folded, node, counted) for node in folded.graph.nodes}
 
     def of_map(candidate: Candidate) -> int:
-        return math.prod(candidate.geometry.weight_shape) + candidate.geometry.out_channels * candidate.geometry.bias
+        weights = math.prod(candidate.geometry.weight_shape) + candidate.geometry.out_channels * candidate.geometry.bias
+        return weights + 2 * candidate.geometry.out_channels * bool(candidate.moved)
 
-    shapes = _shapes(findings)
-    candidates = {c.id: _with_sides(shapes, p, c, of_map) for p, c in _each(proposals)}
+    shapes, kept = _shapes(findings), partial(_kept_parameters, findings)
+    candidates = {c.id: _with_sides(shapes, p, c, of_map) + kept(c) for p, c in _each(proposals)}
     return _summed("parameters", findings, of_node, candidates)
+
+
+def _kept_parameters(findings: Findings, candidate: Candidate) -> int:
+    """Numbers in the layers between the exit of a candidate and its end."""
+    total, node = 0, node_named(findings.graph, candidate.end)
+    while node is not None and node.name != candidate.exit:
+        total += _own_parameters(findings.graph, node, set())
+        node = data_operands(node)[0]
+    return total
 
 
 def _own_parameters(graph: GraphModule, node: Node, counted: set[int]) -> int:
@@ -150,6 +161,7 @@ class _Steps:
         self.readers = {name: [user.name for user in node.users] for name, node in self.nodes.items()}
         activations = {node.name for node, verdict in findings.verdicts.items() if isinstance(verdict, Activation)}
         self.activations = activations & self.nodes.keys()
+        self.norms = {node.name for node, verdict in findings.verdicts.items() if isinstance(verdict, Norm)}
         self.size: dict[str, int] = {}
         for name, node in self.nodes.items():
             known = recorded.get(name, facts(node))
@@ -184,10 +196,12 @@ class _Steps:
         place = self.place[candidate.exit]
         own = [candidate.entry, *proposal.segment.expression.sides]
         held = sum(self.size[n] for n in dict.fromkeys(own) if not self._read_by_others(n, place, inside))
-        alive = self._alive(place, inside) + held
+        alive, output = self._alive(place, inside), self.size[candidate.exit]
+        normed = bool(candidate.moved) or not self.norms.isdisjoint(inside.intersection(self.readers[candidate.exit]))
+        behind = alive + (held if candidate.kind == "identity" else output) + output if normed else 0
         if candidate.kind == "identity":
-            return alive
-        return alive + self.size[candidate.exit] + self._padded(candidate)
+            return max(alive + held, behind)
+        return max(alive + held + output + self._padded(candidate), behind)
 
     def _read_by_others(self, name: str, place: int, inside: frozenset[str]) -> bool:
         """Whether it is alive for another's sake as well."""

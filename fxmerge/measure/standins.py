@@ -28,11 +28,12 @@ class ChannelSums:
     sums: Tensor | None = None
     dims: int = 2
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch: two tensors (N, C, *space) of one shape."""
+    def add(self, x: Tensor, y: Tensor, shares: Tensor | None = None) -> None:
+        """Add a batch: two tensors (N, C, *space) of one shape, and how much each image counts, (N,)."""
         self.dims = x.dim() - 2
-        x, y = (value.detach().double().movedim(1, 0).flatten(1) for value in (x, y))
-        rows = torch.stack([value.sum(1) for value in (torch.ones_like(x), x, y, x * x, x * y)])
+        x, y = (value.detach().double().flatten(2) for value in (x, y))
+        share = x.new_ones(()) if shares is None else shares.double().view(-1, 1, 1)
+        rows = torch.stack([(value * share).sum((0, 2)) for value in (torch.ones_like(x), x, y, x * x, x * y)])
         self.sums = rows if self.sums is None else self.sums + rows
 
     def solve(self) -> Affine:

@@ -21,9 +21,7 @@ from fxmerge.algebra.module import weight_for
 from fxmerge.graph.edit import put_module, sharing_copy
 from fxmerge.graph.query import has_hooks, has_sole_user, kind_of, module_of, node_named, shared_modules
 
-_LAYERS = frozenset(
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-)
+_LAYERS = frozenset((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear))
 _NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 

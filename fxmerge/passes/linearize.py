@@ -213,7 +213,7 @@ class _Merge:
     def _fix_norms(self, parts: Mapping[str, Affine], kept: Sequence[Node]) -> None:
         """A scale and a shift of every channel in place of each norm."""
         for node in kept:
-            if node.name in self.merge.norms:
+            if node.name in self.merge.fixed:
                 known, like = facts(node), like_of(self.graph, self.entry, self.nodes)
                 made = Scaling(known.image_shape[1], channels_last=known.channels_last, dtype=like.dtype, device=like.device)
                 target = free_target(self.graph, f"merged.{node.name}_scaling")

@@ -129,7 +129,7 @@ def _tied() -> nn.Module:
 
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
     "opaque node": (lambda: nn.Sequential(conv(3, 4), nn.MaxPool2d(2)), "_1", Reason.OPAQUE, "MaxPool2d"),
-    "group norm": (lambda: nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4)), "_1", Reason.BATCH_STATISTICS, "GroupNorm"),
+    "layer norm": (lambda: nn.Sequential(conv(3, 4), nn.LayerNorm((12, 12))), "_1", Reason.BATCH_STATISTICS, "LayerNorm"),
     "no statistics": (
         lambda: nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, track_running_stats=False)),
         "_1", Reason.BATCH_STATISTICS, "no running statistics",

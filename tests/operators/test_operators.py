@@ -21,7 +21,8 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Reason
 from fxmerge.graph.trace import trace
-from fxmerge.operators import Activation, Join, Map, Opaque, Operators, Site, Verdict, default_operators
+from fxmerge.operators import Activation, Join, Map, Norm, Opaque, Operators, Site, Verdict, default_operators
+from fxmerge.operators.norms import InputNorm
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import FuseSegments, fuse
 from fxmerge.passes.linearize import Linearize, linearize
@@ -172,11 +173,30 @@ class TestMaps:
         x = torch.arange(2000.0)[None, None]
         assert torch.equal(F.interpolate(x, scale_factor=factor, mode=mode), x.repeat_interleave(factor, 2))
 
-    @pytest.mark.parametrize("norm", [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm(12)])
-    def test_a_norm_that_depends_on_its_input_is_refused(self, norm: nn.Module) -> None:
+    @pytest.mark.parametrize("norm", [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm(3)])
+    def test_a_norm_that_depends_on_its_input_is_no_map(self, norm: nn.Module) -> None:
+        over_channels = isinstance(norm, nn.LayerNorm)
+        verdict = last(lambda s, x: s.n(x.permute(0, 2, 3, 1)) if over_channels else s.n(x), n=norm)[2]
+        assert isinstance(verdict, Norm)
+        assert (verdict.name, str(verdict.geometry)) == (type(norm).__name__, "3->3 1x1 dw")
+
+    @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(3, track_running_stats=True), nn.LayerNorm((12, 12))])
+    def test_a_norm_with_statistics_of_another_kind_is_refused(self, norm: nn.Module) -> None:
         verdict = last(lambda s, x: s.n(x), n=norm)[2]
         assert isinstance(verdict, Opaque)
         assert verdict.reason is Reason.BATCH_STATISTICS
+
+    @pytest.mark.parametrize(
+        ("norm", "channels", "made"),
+        [
+            (nn.GroupNorm(4, 8, 1e-3), 12, "GroupNorm(4, 12, eps=0.001, affine=True"),
+            (nn.GroupNorm(4, 8), 6, "GroupNorm(2, 6, eps=1e-05, affine=True"),
+            (nn.InstanceNorm2d(8, 1e-3), 6, "InstanceNorm2d(6, eps=0.001, momentum=0.1, affine=True"),
+            (nn.LayerNorm(8, 1e-3), 6, "LayerNorm((6,), eps=0.001"),
+        ],
+    )
+    def test_a_norm_elsewhere_is_of_the_same_kind(self, norm: nn.Module, channels: int, made: str) -> None:
+        assert str(InputNorm().behind(norm, channels)).startswith(made)
 
     def test_a_parametrized_convolution_is_unpadded_like_any(self) -> None:
         model = nn.Sequential(weight_norm(conv(3, 4)), nn.ReLU(), conv(4, 4)).double().eval()

@@ -1,0 +1,197 @@
+r"""Scores and inputs for networks that predict noise (or what stands for it) at a time step.
+
+The loss of a network on a clean image x, at time step t, with noise e:
+
+    x_t = sqrt(a_t) x + sqrt(1 - a_t) e        loss = mean over pixels of (network(x_t, t) - target)^2
+
+with a_t the product of 1 - beta up to t, and the target e (``epsilon``), x (``sample``) or sqrt(a_t) e - sqrt(1 - a_t) x
+(``v_prediction``). A candidate's score is its loss less that of the original on the same images, time steps and noise: paired so,
+differences show on few images. Time steps are stratified: of n images, image i has one from the i-th of n equal parts of all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxmerge.analysis.segments import Findings
+from fxmerge.core.segment import Proposal
+from fxmerge.core.table import Importance
+from fxmerge.errors import InputError
+from fxmerge.graph.meta import facts
+from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
+from fxmerge.measure.digests import data_digest
+from fxmerge.measure.reconstruction import Reconstruction
+
+Prediction = Literal["epsilon", "sample", "v_prediction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePrediction:
+    """A scorer: the noise-prediction loss on a hold-out at stratified time steps with fixed noise.
+
+    The network takes (noisy image, time step, *conditions), and its first output is the prediction.
+
+    Args:
+        images: clean ones, (N, C, H, W), of the network's dtype.
+        signal: a_t for every time step, (T,), falling from nearly 1; a scheduler's ``alphas_cumprod``.
+        conditions: further arguments, one entry for every image: class labels, text embeddings.
+        prediction: what the network predicts.
+        fit: what weights candidates get, from the calibration data.
+        seed: of time steps and noise.
+
+    Raises:
+        InputError: the images or the signal are not of these shapes.
+    """
+
+    images: Tensor
+    signal: Tensor
+    conditions: Sequence[Tensor] = ()
+    prediction: Prediction = "epsilon"
+    fit: Reconstruction = field(default_factory=Reconstruction)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise InputError(f"prediction must be one of {', '.join(get_args(Prediction))}, found {self.prediction!r}")
+        if self.images.dim() < 3 or not len(self.images) or any(len(c) != len(self.images) for c in self.conditions):
+            found = ", ".join(str(tuple(value.shape)) for value in (self.images, *self.conditions))
+            raise InputError(f"images must be (N, C, *space) and conditions one for each, found {found}")
+        if self.signal.dim() != 1 or not bool(((self.signal >= 0) & (self.signal <= 1)).all()):
+            raise InputError(f"signal must hold a number from 0 to 1 for every time step, found {tuple(self.signal.shape)}")
+
+    @property
+    def settings(self) -> str:
+        data = data_digest([(self.images, self.signal, *self.conditions)])
+        return f"noise prediction={self.prediction} seed={self.seed} holdout={data} fit=({self.fit.settings})"
+
+    def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
+        """As they are fitted."""
+        return self.fit.tasks(findings, proposals, at_least)
+
+    def holdout(self, findings: Findings) -> Iterator[tuple[Batch, Tensor]]:
+        """The batches of the network's arguments, and the targets of each, (images, C, *space)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        count, steps = len(self.images), len(self.signal)
+        within = torch.rand(count, generator=generator)
+        times = ((torch.arange(count) + within) * steps / count).long().clamp_max(steps - 1)
+        noise = torch.randn(self.images.shape, generator=generator).to(self.images)
+        share = self.signal.to(self.images)[times.to(self.signal.device)].view(-1, *(1,) * (self.images.dim() - 1))
+        noisy = share.sqrt() * self.images + (1 - share).sqrt() * noise
+        holders = [node for node in findings.graph.graph.nodes if node.op == "placeholder"]
+        times = times.to(self.images.device, facts(holders[1]).dtype if len(holders) > 1 else None)
+        items = [(noisy[i], times[i], *(c[i] for c in self.conditions)) for i in range(count)]
+        targets = {"epsilon": noise, "sample": self.images, "v_prediction": share.sqrt() * noise - (1 - share).sqrt() * self.images}
+        done = 0
+        for batch in as_batches(items, findings.graph):
+            yield batch, targets[self.prediction][done : done + images_in(batch)]
+            done += images_in(batch)
+
+    def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
+        """What scores the candidates of one task.
+
+        Raises (when called):
+            CalibrationError: the network rejects the calibration inputs, or the hold-out.
+            InputError: what it gives is not of the shape of the images.
+        """
+        work = self.fit.work(findings, batches)
+
+        def scoring(proposals: Sequence[Proposal]) -> dict[str, Importance]:
+            maps = work.weights(proposals)
+            work.warn_if_starved()
+            pairs = [(p.segment, c) for p in proposals for c in p.candidates]
+            sums, count = dict.fromkeys((c.id for _, c in pairs), 0.0), 0
+            with torch.inference_mode():
+                for batch, target in self._in_parts(findings, work.images_at_once()):
+                    env = work.original(batch)
+                    before = _losses(env[work.replay.output], target)
+                    count += len(target)
+                    for segment, candidate in pairs:
+                        value = work.replay.computed(work.replacement(segment, candidate, maps), env)
+                        changed = work.replay.output_with(env, candidate.exit, value)
+                        sums[candidate.id] += float((_losses(changed, target) - before).sum())
+            return {name: Importance(_bounded(total / count), count, "noise prediction") for name, total in sums.items()}
+
+        return scoring
+
+    def _in_parts(self, findings: Findings, images: int) -> Iterator[tuple[Batch, Tensor]]:
+        for batch, target in self.holdout(findings):
+            yield from zip(in_parts([batch], findings.graph, images), target.split(images), strict=True)
+
+
+def _losses(output: Any, target: Tensor) -> Tensor:
+    """(N,), float64."""
+    found = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if found is None or found.shape != target.shape:
+        shape = None if found is None else tuple(found.shape)
+        raise InputError(f"the network's first output is of shape {shape}, and what it should predict of {tuple(target.shape)}")
+    return (found.double() - target.double()).pow(2).flatten(1).mean(1)
+
+
+def _bounded(loss: float) -> float:
+    """A candidate that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+    return max(-1e6, min(loss, 1e6)) if loss == loss else 1e6
+
+
+@dataclass(frozen=True)
+class TimeShares:
+    """How much an image counts by its time step, for ``Reconstruction(shares=...)``.
+
+    Args:
+        shares: for every time step, (T,), from 0 on.
+        argument: which argument of the network is the time step, from 0.
+
+    >>> TimeShares(torch.tensor([1.0, 0.5, 0.0]))((torch.zeros(2, 3, 8, 8), torch.tensor([2, 1])))
+    tensor([0.0000, 0.5000])
+    """
+
+    shares: Tensor
+    argument: int = 1
+
+    def __call__(self, batch: Batch) -> Tensor:
+        times = torch.as_tensor(batch[self.argument])
+        return self.shares.to(times.device)[times.long()].expand(images_in(batch))
+
+
+def recorded_inputs(model: nn.Module, run: Callable[[], Any], *, most: int | None = None) -> tuple[tuple[Any, ...], ...]:
+    """The arguments that a model is called with while something runs: calibration data from the trajectory of a sampler.
+
+    Args:
+        model: whose calls are recorded; it is left as it was.
+        run: called once; for a pipeline, ``lambda: pipeline(batch_size=8, num_inference_steps=50)``.
+        most: how many calls to keep, spread evenly over all; None for all.
+
+    Returns:
+        For every call a tuple of its arguments that are tensors or numbers, in the order of the model's signature. Tensors are
+        copies.
+
+    Raises:
+        InputError: the model was not called.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> [x.shape for (x,) in recorded_inputs(layer, lambda: [layer(torch.zeros(n, 2)) for n in (1, 2, 3)], most=2)]
+    [torch.Size([1, 2]), torch.Size([3, 2])]
+    """
+    signature = inspect.signature(model.forward)
+    calls: list[tuple[Any, ...]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature.bind(*args, **kwargs).arguments
+        values = [v for v in given.values() if isinstance(v, (Tensor, int, float)) and not isinstance(v, bool)]
+        calls.append(tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in values))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    if not calls:
+        raise InputError(f"the {type(model).__name__} was not called: give a function that runs it")
+    count = len(calls) if most is None else min(most, len(calls))
+    return tuple(calls[round(i * (len(calls) - 1) / max(1, count - 1))] for i in range(count))

@@ -1,0 +1,239 @@
+"""Noise prediction as a score, inputs along a sampler's trajectory, images that count by their time step."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge import InputError, NoisePrediction, Reconstruction, TimeShares, measure_importance, recorded_inputs
+from fxmerge.core.plan import Plan
+from fxmerge.measure.calibration import as_batches
+from tests.fakes import PriceTimer
+from tests.test_norms import NORMS, shaken
+from tests.zoo import conv
+
+STEPS = 40
+SIGNAL = torch.cos(torch.linspace(0.0, 1.5, STEPS)) ** 2
+
+
+class Denoiser(nn.Module):
+    def __init__(self, labels: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.norm = conv(3, 6), conv(6, 6), conv(6, 3), NORMS["group"](6)
+        self.time, self.label = nn.Embedding(STEPS, 6), nn.Embedding(5, 6) if labels else None
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        y = self.time(t if t.dim() else t[None])
+        if self.label is not None:
+            y = y + self.label(label)
+        x = torch.relu(self.a(x))
+        return self.c(torch.relu(self.norm(self.b(x) + y[:, :, None, None])))  # type: ignore[no-any-return]
+
+
+def model(labels: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return shaken(Denoiser(labels)).double()
+
+
+def clean(count: int = 12, seed: int = 1) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+
+
+def data(count: int = 16) -> tuple[Tensor, Tensor]:
+    return clean(count, 2), torch.arange(count) % STEPS
+
+
+def searched(network: nn.Module, *example: Tensor) -> tuple[fxmerge.Findings, tuple[fxmerge.Proposal, ...]]:
+    findings = fxmerge.find_segments(fxmerge.trace(network, example))
+    return findings, fxmerge.propose(findings, fxmerge.Space(max_kernel=3))
+
+
+class TestTheHoldOut:
+    def test_times_are_stratified_and_noise_is_as_the_signal_says(self) -> None:
+        findings, _ = searched(model(), clean(2), torch.tensor([1, 2]))
+        [(batch, noise)] = NoisePrediction(images=clean(), signal=SIGNAL).holdout(findings)
+        noisy, times = batch
+        assert (times * len(times) // STEPS - torch.arange(len(times))).abs().max() <= 1
+        assert len(set(times.tolist())) == len(times)
+        share = SIGNAL.double()[times].view(-1, 1, 1, 1)
+        assert torch.allclose(noisy, share.sqrt() * clean() + (1 - share).sqrt() * noise)
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+    def test_the_target_is_what_gives_the_image_back(self, prediction: Any) -> None:
+        findings, _ = searched(model(), clean(2), torch.tensor([1, 2]))
+        scorer = NoisePrediction(images=clean(), signal=SIGNAL, prediction=prediction)
+        [((noisy, times), target)] = scorer.holdout(findings)
+        share = SIGNAL.double()[times].view(-1, 1, 1, 1)
+        image = {
+            "epsilon": lambda: (noisy - (1 - share).sqrt() * target) / share.sqrt(),
+            "sample": lambda: target,
+            "v_prediction": lambda: share.sqrt() * noisy - (1 - share).sqrt() * target,
+        }[prediction]()
+        assert torch.allclose(image, clean())
+
+    def test_it_is_the_same_every_time_and_another_for_another_seed(self) -> None:
+        findings, _ = searched(model(), clean(2), torch.tensor([1, 2]))
+        first, again, other = (
+            next(iter(NoisePrediction(images=clean(), signal=SIGNAL, seed=seed).holdout(findings))) for seed in (0, 0, 1)
+        )
+        assert torch.equal(first[1], again[1])
+        assert torch.equal(first[0][1], again[0][1])
+        assert not torch.equal(first[1], other[1])
+
+    def test_one_time_for_all_images_of_a_batch_will_do(self) -> None:
+        findings, _ = searched(model(), clean(2), torch.tensor(3))
+        batches = list(NoisePrediction(images=clean(), signal=SIGNAL).holdout(findings))
+        assert [batch[1].dim() for batch, _ in batches] == [0] * 12
+        assert sum(len(noise) for _, noise in batches) == 12
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_score_is_the_loss_of_the_merged_network_less_that_of_the_original(labels: bool) -> None:
+    network, conditions = model(labels), (torch.arange(12) % 5,) if labels else ()
+    findings, proposals = searched(network, clean(2), torch.tensor([1, 2]), *(c[:2] for c in conditions))
+    scorer = NoisePrediction(images=clean(), signal=SIGNAL, conditions=conditions)
+    calibration = (*data(12), *conditions)
+    table = measure_importance(findings, proposals, [calibration], scorer=scorer)
+    [(given, noise)] = scorer.holdout(findings)
+
+    def loss(graph: nn.Module) -> float:
+        with torch.no_grad():
+            return float((graph(*given) - noise).pow(2).mean())
+
+    for candidate in [c for p in proposals for c in p.candidates][::3]:
+        plan = Plan(findings.fingerprint, (candidate,))
+        weights = fxmerge.fit(findings, plan, [calibration])
+        merged = fxmerge.fuse(fxmerge.linearize(fxmerge.annotate(findings.graph, plan), weights=weights))
+        assert table.loss(candidate.id) == pytest.approx(loss(merged) - loss(network), rel=1e-6, abs=1e-9), candidate.id
+        assert table.candidates[candidate.id].scorer == "noise prediction"
+
+
+def test_it_serves_compress_and_other_processes() -> None:
+    scorer = NoisePrediction(images=clean().float(), signal=SIGNAL, fit=Reconstruction(score_images=8))
+    assert pickle.loads(pickle.dumps(scorer)).settings == scorer.settings
+    given = [(clean(8, seed=i).float(), torch.arange(8) * 5) for i in range(8)]
+    result = fxmerge.compress(
+        model().float(),
+        given[0],
+        speedup=1.2,
+        calibration=given,
+        scorer=scorer,
+        timer=PriceTimer(),
+        space=fxmerge.Space(max_kernel=3, identity=False),
+    )
+    assert {importance.scorer for importance in result.importance.candidates.values()} <= {"noise prediction", "exact"}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"prediction": "noise"}, "prediction must be one of epsilon, sample, v_prediction, found 'noise'"),
+        ({"images": torch.zeros(3, 8)}, r"images must be \(N, C, \*space\)"),
+        ({"conditions": (torch.zeros(2),)}, r"conditions one for each, found \(12, 3, 8, 8\), \(2,\)"),
+        ({"signal": SIGNAL + 1}, "a number from 0 to 1 for every time step"),
+    ],
+)
+def test_what_makes_no_hold_out_is_told(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        NoisePrediction(**{"images": clean(), "signal": SIGNAL, **options})
+
+
+def test_a_network_that_predicts_something_else_is_told() -> None:
+    network = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4)).double().eval()
+    findings, proposals = searched(_Untimed(network), clean(2), torch.tensor([1, 2]))
+    with pytest.raises(InputError, match=r"output is of shape \(12, 4, 8, 8\), and what it should predict of \(12, 3, 8, 8\)"):
+        measure_importance(findings, proposals, [data(4)], scorer=NoisePrediction(images=clean(), signal=SIGNAL))
+
+
+class _Untimed(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x + 0 * t[:, None, None, None])  # type: ignore[no-any-return]
+
+
+class TestRecordedInputs:
+    def test_a_trajectory_becomes_calibration_data(self) -> None:
+        network = model()
+
+        def sample() -> None:
+            x = clean(4)
+            for t in (30, 20, 10, 0):
+                x = x - 0.1 * network(x, t=torch.tensor(t))
+
+        calls = recorded_inputs(network, torch.no_grad()(sample))
+        assert [int(t) for _, t in calls] == [30, 20, 10, 0]
+        assert not torch.equal(calls[0][0], calls[-1][0])
+        findings, _ = searched(network, clean(2), torch.tensor([1, 2]))
+        [batch] = as_batches(calls, findings.graph)
+        assert batch[1].tolist() == [t for t in (30, 20, 10, 0) for _ in range(4)]
+
+    def test_some_of_many_calls_are_spread_over_all(self) -> None:
+        layer = nn.Linear(1, 1)
+        calls = recorded_inputs(layer, lambda: [layer(torch.full((1, 1), float(i))) for i in range(11)], most=3)
+        assert [float(x) for (x,) in calls] == [0.0, 5.0, 10.0]
+
+    def test_the_model_is_left_as_it_was(self) -> None:
+        layer = nn.Linear(1, 1)
+        before = copy.copy(layer.__dict__)
+        with pytest.raises(ZeroDivisionError):
+            recorded_inputs(layer, lambda: 1 / 0)
+        assert not layer._forward_pre_hooks
+        assert layer.__dict__.keys() == before.keys()
+
+    def test_a_model_that_is_not_called_is_told(self) -> None:
+        with pytest.raises(InputError, match="the Linear was not called"):
+            recorded_inputs(nn.Linear(1, 1), lambda: None)
+
+
+class TestShares:
+    def fitted(self, shares: Callable[..., Tensor] | None, given: tuple[Tensor, Tensor]) -> tuple[Any, float]:
+        findings, proposals = searched(model(), clean(2), torch.tensor([1, 2]))
+        candidate = next(c for p in proposals for c in p.candidates if c.moved and c.sides)
+        plan = Plan(findings.fingerprint, (candidate,))
+        scorer = Reconstruction(shares=shares)
+        weights, loss = scorer.fit_and_score(findings, plan, as_batches([given], findings.graph))
+        return {name: affine.weight for name, affine in weights.items()}, loss
+
+    def test_an_image_that_counts_for_nothing_is_as_if_it_were_not_there(self) -> None:
+        x, t = data()
+        without, loss = self.fitted(None, (x[t < 9], t[t < 9]))
+        found, same = self.fitted(TimeShares((torch.arange(STEPS) < 9).float()), (x, t))
+        assert same == pytest.approx(loss, rel=1e-9)
+        for name, weight in without.items():
+            assert torch.allclose(found[name], weight, rtol=1e-9, atol=1e-12), name
+
+    def test_an_image_that_counts_twice_is_as_if_it_were_there_twice(self) -> None:
+        x, t = data()
+        twice, loss = self.fitted(None, (torch.cat((x, x[:4])), torch.cat((t, t[:4]))))
+        found, same = self.fitted(TimeShares(1.0 + (torch.arange(STEPS) < 4)), (x, t))
+        assert same == pytest.approx(loss, rel=1e-9)
+        for name, weight in twice.items():
+            assert torch.allclose(found[name], weight, rtol=1e-9, atol=1e-12), name
+
+    @pytest.mark.parametrize(
+        ("shares", "text"),
+        [
+            (lambda batch: torch.ones(3), "a number from 0 on for each of 16 images"),
+            (lambda batch: -torch.ones(16), "a number from 0 on for each of 16 images"),
+            (lambda batch: torch.zeros(16), "no image counts"),
+        ],
+    )
+    def test_other_shares_are_refused(self, shares: Any, text: str) -> None:
+        with pytest.raises(InputError, match=text):
+            self.fitted(shares, data())
+
+    def test_they_are_part_of_what_decides_a_score(self) -> None:
+        plain, early, late = (Reconstruction(shares=s).settings for s in (None, TimeShares(SIGNAL), TimeShares(1 - SIGNAL)))
+        assert len({plain, early, late}) == 3
+        assert replace(Reconstruction(), shares=None).settings == Reconstruction().settings
