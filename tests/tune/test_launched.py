@@ -23,7 +23,12 @@ def test_two_processes_train_one_student(kind: str, tmp_path: Path) -> None:
     launch = "torch.distributed.run --standalone --nproc_per_node 2 -m tests.tune.launched_run"
     command = [sys.executable, "-m", *launch.split(), str(tmp_path), kind]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
