@@ -20,7 +20,7 @@ The rooms, in the order in which they may import each other (those on one level 
     analysis    graph -> facts: cuts, segments, candidates, reports; edits nothing
     passes      graph -> graph, one per file; none changes its input
     measure     latency, importance by scorers, weights from data; where it runs (executors) and is kept (store)
-    tune        the student trained
+    tune        the student brought back to the original, on calibration images or by training
     survey      from a model to its two tables      search      from tables and a budget to a plan that meets it, measured
     compress, result              the story, its outcome
     saved, testing                students on disk; the proof      interchange     tables of others' format

@@ -32,7 +32,7 @@ class Feed:
     def __init__(self, data: Data, accelerator: Any, seed: int) -> None:
         self.accelerator, self.seed = accelerator, seed
         self.prepared = isinstance(data, DataLoader)
-        self.data: Any = accelerator.prepare_data_loader(data) if self.prepared else data
+        self.data: Any = _prepared(data, accelerator, seed) if self.prepared else data
         if not callable(self.data) and not isinstance(self.data, Iterable):
             raise InputError(f"data must give batches, or be a function that does; found {type(data).__name__}")
         if isinstance(self.data, Iterator):
@@ -90,3 +90,14 @@ class Feed:
         arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         sent: Example = send_to_device((arguments, labels), self.accelerator.device)
         return sent
+
+
+def _prepared(data: Data, accelerator: Any, seed: int) -> Any:
+    """The loader shared out, its order (where it is shuffled) told by the seed and the number of the epoch alone."""
+    options = accelerator.dataloader_config
+    before = options.use_seedable_sampler, options.data_seed
+    options.use_seedable_sampler, options.data_seed = True, seed
+    try:
+        return accelerator.prepare_data_loader(data)
+    finally:
+        options.use_seedable_sampler, options.data_seed = before

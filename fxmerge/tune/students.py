@@ -1,8 +1,8 @@
 """The second student of a plan: every merge as one convolution from the start, instead of layer by layer.
 
-Layer by layer (the published way) is what :func:`fxmerge.linearize` makes of composed merges: activations gone, padding first, norms
-kept; many layers stand for one convolution and are trained through each other. Merged already, with a norm behind each convolution,
-the student is trained as it will run: fewer layers, faster steps.
+Layer by layer (the published way) is what :func:`fxmerge.linearize` makes of composed merges: activations gone, padding first,
+norms kept; many layers stand for one convolution and are trained through each other. Merged already, with a norm behind each
+convolution, the student is trained as it will run: fewer layers, faster steps.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def fine_tune(
         raise InputError("the teacher is the student itself; give the original")
     if not recipe.epochs:
         return copy.deepcopy(student).eval()
-    accelerator = accelerator or _accelerator(recipe.seed)
+    accelerator = accelerator or _accelerator()
     with random_numbers_put_back(accelerator.device), torch.inference_mode(False), torch.enable_grad():
         run = _Run(student, data, teacher, recipe, validation, accelerator, operators)
         run.folder = None if checkpoints is None else Path(checkpoints)
@@ -89,13 +89,12 @@ def fine_tune(
         return run.result(student)
 
 
-def _accelerator(seed: int) -> Any:
+def _accelerator() -> Any:
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
     except ImportError as fault:
         raise InputError("training needs accelerate: pip install 'fxmerge[train]'") from fault
-    return Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
+    return Accelerator()
 
 
 class _Run:

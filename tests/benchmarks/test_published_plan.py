@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 import fxmerge
 from benchmarks import published_plan
 from fxmerge.testing import assert_equivalent
+from tests.benchmarks.made_up import MadeUp
 from tests.fakes import PriceTimer
 
 
@@ -51,22 +51,6 @@ def test_its_merges_are_those_that_were_published(findings: fxmerge.Findings) ->
 def test_what_cannot_be_merged_is_told(findings: fxmerge.Findings) -> None:
     with pytest.raises(LookupError, match="no candidate merges convolutions 1 to 4"):
         published_plan.plan_of(findings, (0, 4, *range(5, 52)), (2,))
-
-
-class MadeUp:
-    """Losses from the number of activations removed."""
-
-    settings = "made up"
-
-    def tasks(
-        self, findings: fxmerge.Findings, proposals: Sequence[fxmerge.Proposal], at_least: int
-    ) -> Sequence[Sequence[fxmerge.Proposal]]:
-        return [proposals]
-
-    def prepare(self, findings: fxmerge.Findings, batches: object) -> Callable[[Sequence[fxmerge.Proposal]], dict[str, object]]:
-        return lambda proposals: {
-            c.id: fxmerge.Importance(float(len(c.activations)), 1, "made up") for p in proposals for c in p.candidates
-        }
 
 
 @pytest.mark.filterwarnings("ignore:.*too few")

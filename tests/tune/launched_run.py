@@ -1,0 +1,45 @@
+"""A training run for several processes: each process writes what it got into a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
+
+from fxmerge.tune import Epoch, Recipe, calibrate_norms, fine_tune
+from fxmerge.tune.checkpoints import held
+from tests.small import images
+from tests.tune.small import made
+
+
+def main(folder: Path, kind: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    student, batch = made().with_norms, 16 // accelerator.num_processes
+    calibrate_norms(student, [(images(64),)])
+    labelled = TensorDataset(images(48), torch.arange(48) % 5)
+    loader = DataLoader(labelled, batch, shuffle=True)
+    listed = [(images(48)[i : i + batch], torch.arange(48)[i : i + batch] % 5) for i in range(0, 48, batch)]
+    told: list[Epoch] = []
+    trained = fine_tune(
+        student,
+        loader if kind == "loader" else listed,
+        teacher=made().graph,
+        recipe=Recipe(epochs=2),
+        validation=DataLoader(labelled, 7) if kind == "loader" else listed,
+        checkpoints=folder / "checkpoints",
+        accelerator=accelerator,
+        report=told.append,
+    )
+    rank = accelerator.process_index
+    save_file({name: tensor.clone() for name, tensor in held(trained).items()}, folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps([[epoch.step, epoch.metric] for epoch in told]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
