@@ -21,6 +21,7 @@ from fxmerge.core.plan import Plan
 from fxmerge.errors import PlanError, PlanMismatchError
 from fxmerge.graph.meta import origin
 from fxmerge.graph.trace import as_arguments, check_finite, trace
+from fxmerge.passes.adjust import give_biases
 from fxmerge.passes.annotate import annotate, merges
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import added_norms, linearize
@@ -159,6 +160,7 @@ def _understood(path: Path, about: str, example_inputs: Any) -> tuple[Plan, bool
 
 def _restore(student: GraphModule, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Put saved weights in; in place, so that layers which share them still do."""
+    give_biases(student, tensors.keys() - _held(student).keys())
     own = _held(student)
     strange = sorted(own.keys() ^ tensors.keys())
     if strange:

@@ -226,7 +226,8 @@ class Factored:
             w0 = prior.weight.reshape(self.geometry.groups, -1, self.weights).mT.to(right)
             right[:, : self.weights] += self.strength[:, None, None] * w0
         if self.singular is not None:
-            return torch.linalg.lstsq(self.singular, right).solution
+            solution: Tensor = torch.linalg.lstsq(self.singular, right).solution
+            return solution
         return torch.cholesky_solve(right, self.factor)
 
     def affine(self, right: Tensor, prior: Affine | None = None) -> Affine:

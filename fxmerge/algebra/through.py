@@ -91,7 +91,8 @@ class Rows:
     def _products(self, z: Tensor, target: Tensor) -> Tensor:
         """z t^T, float64, (groups, m + 1, C_out/groups)."""
         grouped = target.unflatten(1, (self.geometry.groups, -1)).transpose(0, 1)
-        return (z.mT @ grouped).double()
+        products: Tensor = z.mT @ grouped
+        return products.double()
 
 
 def _seen_and_slope(activation: Activation, value: Tensor, y: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:

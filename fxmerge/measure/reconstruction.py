@@ -83,7 +83,7 @@ class Reconstruction:
     def settings(self) -> str:
         """All options that decide a score."""
         name = function_name(self.divergence or divergence)
-        others = ("divergence", "shares", "coarse_images")
+        others = ("divergence", "shares", "coarse_images", "through", "stay")
         numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in others]
         numbers += [] if self.shares is None else [f"shares={function_name(self.shares)}"]
         return f"reconstruction divergence={name} {' '.join(numbers)}"
@@ -473,7 +473,7 @@ class _Work:
         for name, affine in weights.items():
             node = self.replay.named.get(name)
             if node is not None:  # a layer that stays
-                taken[name] = (node.args[0].name,), partial(with_weights, affine)  # type: ignore[union-attr]
+                taken[name] = (node.all_input_nodes[0].name,), partial(with_weights, affine)
         total, weight = 0.0, 0.0
         with torch.inference_mode():
             for batch in self.batches:

@@ -201,9 +201,9 @@ class Walk:
                     shares = shares.repeat_interleave(len(x) // len(shares))
                 equations = judge if number % _HELD_OUT == _HELD_OUT - 1 else learn
                 equations.add(x, {_TARGET: y}, positions, shares=shares)
-            if not judge.rows or learn.rows < _LEAST_ROWS * unknowns(prior.geometry):
-                return None
-            return _better(learn, judge, prior)
+        if not judge.rows or learn.rows < _LEAST_ROWS * unknowns(prior.geometry):
+            return None
+        return _better(learn, judge, prior)
 
     def _own(self, node: Node) -> Affine | None:
         """The weights that a layer has in the folded network; None where it is no plain convolution or linear layer there."""

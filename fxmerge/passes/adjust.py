@@ -7,7 +7,7 @@ of both together, and :func:`fxmerge.tune.calibrate_norms` can give it the stati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,15 @@ def adjust(graph: GraphModule, weights: Mapping[str, Affine]) -> None:
         put_module(graph, str(layer.node.target), module)
 
 
+def give_biases(graph: GraphModule, names: Collection[str]) -> None:
+    """Give layers without a bias one of zeros, where its name is among these; in place."""
+    for node in graph.graph.nodes:
+        module: Any = module_of(graph, node)
+        if f"{node.target}.bias" in names and _kind(graph, node) in _LAYERS and module.bias is None:
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            module.bias = nn.Parameter(module.weight.new_zeros(outputs))
+
+
 def _shifting(old: Any, bias: torch.Tensor) -> nn.Module:
     """A batch norm that, in eval mode, only adds this."""
     norm: Any = sharing_copy(old)
@@ -99,4 +108,5 @@ def _shifting(old: Any, bias: torch.Tensor) -> nn.Module:
     norm.bias = nn.Parameter(bias.to(old.bias))
     norm.running_mean = torch.zeros_like(old.running_mean)
     norm.running_var = torch.ones_like(old.running_var)
-    return norm
+    made: nn.Module = norm
+    return made

@@ -1,0 +1,146 @@
+"""The walk: errors do not add up, what stays makes up for what was merged, and nothing is worse on images it never saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.measure.divergence import divergence
+from fxmerge.measure.shelf import Shelf
+from fxmerge.passes.adjust import layer_at
+from fxmerge.search import build_networks
+
+
+class Net(nn.Module):
+    """Two residual blocks, a projection, a convolution without norm and bias, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.a1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.n1 = nn.BatchNorm2d(8)
+        self.a2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.b1 = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2)
+        self.m1 = nn.BatchNorm2d(16)
+        self.b2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.short = nn.Conv2d(8, 16, 1, stride=2, bias=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (x + self.a2(self.n1(self.a1(x)).relu())).relu()
+        x = (self.short(x) + self.b2(self.m1(self.b1(x)).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[fxmerge.Findings, dict[str, fxmerge.Candidate]]:
+    torch.manual_seed(0)
+    model = Net().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+    findings = fxmerge.find_segments(fxmerge.trace(model, images(2)))
+    return findings, {c.id: c for p in fxmerge.propose(findings) for c in p.candidates}
+
+
+def images(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 13, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def first_block(candidates: dict[str, fxmerge.Candidate]) -> fxmerge.Candidate:
+    return next(c for c in candidates.values() if c.kind == "fitted" and c.entry == "relu" and c.exit == "add")
+
+
+def loss(findings: fxmerge.Findings, plan: fxmerge.Plan, data: Tensor, scorer: fxmerge.Reconstruction) -> float:
+    weights = fxmerge.fit(findings, plan, data, scorer=scorer)
+    _, merged = build_networks(findings, plan, weights)
+    unseen = images(64, seed=2)
+    with torch.no_grad():
+        return float(divergence(findings.graph(unseen), merged(unseen)).mean())
+
+
+def test_layers_that_stay_make_up_for_a_merge_on_images_they_never_saw(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    kept = loss(findings, plan, images(200), fxmerge.Reconstruction(stay=False))
+    refit = loss(findings, plan, images(200), fxmerge.Reconstruction())
+    assert refit < 0.8 * kept
+
+
+def test_weights_are_scored_as_they_are_built(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    data = images(100)
+    batches = fxmerge.as_batches(data, findings.graph)
+    weights, scored = fxmerge.Reconstruction().fit_and_score(findings, plan, batches)
+    stayed = {name for name in weights if layer_at(findings.graph, name) is not None}
+    assert stayed >= {"m1", "b2", "short"}
+    student, merged = build_networks(findings, plan, weights)
+    for network in (student, merged):
+        with torch.no_grad():
+            assert float(divergence(findings.graph(data), network(data)).mean()) == pytest.approx(scored, rel=1e-3)
+
+
+def test_student_and_merged_network_are_equal_and_the_original_is_as_it_was(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    before = {name: value.clone() for name, value in findings.graph.state_dict().items()}
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    weights = fxmerge.fit(findings, plan, images(100))
+    student, merged = build_networks(findings, plan, weights)
+    x = torch.randn(3, 3, 17, 11, dtype=torch.float64)
+    with torch.no_grad():
+        one, other = student.double()(x), fxmerge.fuse(student.double())(x)
+    assert float((one - other).abs().max()) <= 1e-9 * float(one.abs().max())
+    assert all(torch.equal(value, before[name]) for name, value in findings.graph.state_dict().items())
+    assert set(student.state_dict()) >= {"m1.running_mean", "b1.weight", "head.weight"}
+
+
+def test_a_student_with_fitted_layers_is_saved_and_loaded(found, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    student, merged = build_networks(findings, plan, fxmerge.fit(findings, plan, images(100)))
+    fxmerge.save_student(student, plan, images(2), tmp_path)
+    torch.manual_seed(5)
+    loaded = fxmerge.load(tmp_path, Net().eval())
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(images(3)), merged(images(3)), atol=1e-5)
+
+
+def test_few_images_leave_layers_as_they_are_rather_than_make_them_worse(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    assert set(fxmerge.fit(findings, plan, images(1))) == {plan.merges[0].id}
+    scorers = (fxmerge.Reconstruction(stay=False), fxmerge.Reconstruction())
+    kept, refit = (loss(findings, plan, images(10), scorer) for scorer in scorers)
+    assert refit < 1.1 * kept
+
+
+def test_what_does_not_fit_into_memory_is_fitted_from_files(found, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    roomy = fxmerge.fit(findings, plan, images(100))
+    monkeypatch.setattr("fxmerge.measure.reconstruction.Shelf", lambda limit: Shelf(limit // 100_000))
+    tight = fxmerge.fit(findings, plan, images(100))
+    assert roomy.keys() == tight.keys()
+    for name, affine in roomy.items():
+        assert torch.allclose(affine.weight, tight[name].weight, rtol=1e-4, atol=1e-6)
+
+
+def test_an_exact_merge_leaves_all_others_as_they_are() -> None:
+    layers = (nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    findings = fxmerge.find_segments(fxmerge.trace(nn.Sequential(*layers).eval(), images(2)))
+    exact = [c for p in fxmerge.propose(findings, fxmerge.Space.named("exact")) for c in p.candidates if c.exact]
+    assert exact
+    for candidate in exact:
+        plan = fxmerge.Plan(findings.fingerprint, (candidate,))
+        assert not {name for name in fxmerge.fit(findings, plan, images(50)) if layer_at(findings.graph, name) is not None}
