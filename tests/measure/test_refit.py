@@ -96,7 +96,7 @@ def test_student_and_merged_network_are_equal_and_the_original_is_as_it_was(foun
     before = {name: value.clone() for name, value in findings.graph.state_dict().items()}
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
     weights = fxmerge.fit(findings, plan, images(100))
-    student, merged = build_networks(findings, plan, weights)
+    student, _ = build_networks(findings, plan, weights)
     x = torch.randn(3, 3, 17, 11, dtype=torch.float64)
     with torch.no_grad():
         one, other = student.double()(x), fxmerge.fuse(student.double())(x)
