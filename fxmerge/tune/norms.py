@@ -1,4 +1,4 @@
-"""The norms that stand behind fitted convolutions: given the statistics of what they see, before the student is trained."""
+"""A student's batch norms: given the statistics of what they see, before the student is trained."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.passes.linearize import added_norms
-
 
 def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) -> None:
-    """Give the identity norms behind fitted convolutions the statistics of what they see, in place; the function stays.
+    """Give all batch norms the statistics of what they see in the student, in place; the function in eval mode stays.
+
+    Those behind fitted convolutions, and behind layers that were fitted again, have none so far; behind a merge, those of the
+    original no longer hold. In train mode a norm computes what it does in eval mode only where its statistics are its data's.
 
     Args:
-        student: from ``linearize(..., norms=True)``; it is changed, its function in eval mode is not.
+        student: from ``linearize``; it is changed, its function in eval mode is not.
         batches: calibration inputs, each a tuple of the network's arguments.
     """
-    norms = added_norms(student)
+    norms = {
+        name: module
+        for name, module in student.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
+    }
     seen: dict[str, list[Tensor]] = {name: [] for name in norms}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
