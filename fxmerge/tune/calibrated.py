@@ -7,8 +7,10 @@ original's; here at all cuts that exist in both at once, and the outputs with th
 
 Norms stay in eval mode: what is tuned is the function that will be merged. A step of Adam moves a weight by its step size whatever
 the gradient, so the step size of each tensor is a fraction of the tensor's own size, and no layer can be thrown out of scale
-because its weights are small (merged convolutions, with their norms folded in, differ by orders of magnitude). A part of the images
-is held out and tells which state is best; where the student gets much worse, the best state is taken up again at half the pace.
+because its weights are small (merged convolutions, with their norms folded in, differ by orders of magnitude). Adam's first steps
+go the same way everywhere, and what they do to the output adds up over the layers; so the layers share the step size out. A part
+of the images is held out and tells which state is best; where the student gets much worse, the best is taken up again at half the
+pace.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def calibration_tune(
     *,
     steps: int = 400,
     batch_size: int = 64,
-    step_size: float = 0.005,
+    step_size: float = 0.1,
     held_out: float = 0.125,
     limit: int = 1024,
     seed: int = 0,
@@ -59,8 +61,8 @@ def calibration_tune(
         batches: what ``compress`` takes as calibration: a tensor (N, ...), or an iterable of inputs or (input, label) pairs.
         steps: of Adam.
         batch_size: images a step.
-        step_size: the largest step of a weight, as a fraction of the root mean square of the tensor it is in; it rises over the
-            first twentieth of the steps, then falls to 0 along a cosine.
+        step_size: the largest step of all layers together: of a weight, as a fraction of the root mean square of the tensor it is
+            in, divided by the number of layers. It rises over the first tenth of the steps, then falls to 0 along a cosine.
         held_out: the fraction of the images that no step sees, and that tells which state is kept.
         limit: how many images to take, from the first.
         seed: of the order of the images.
@@ -131,10 +133,11 @@ class _Pair:
 
 
 class _Descent:
-    """Adam with a step size for each tensor, relative to its own size as it was at the start."""
+    """Adam with a step size for each tensor, relative to its own size as it was at the start, shared out among the layers."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], step_size: float) -> None:
-        self.sizes = [step_size * _size(parameter) for parameter in parameters]
+        layers = max(1, sum(parameter.dim() > 1 for parameter in parameters))
+        self.sizes = [step_size / layers * _size(parameter) for parameter in parameters]
         self.parameters, self.factor = parameters, 1.0
         self.start_afresh()
 
@@ -198,7 +201,7 @@ def _orders(images: Tensor, batch_size: int, steps: int, generator: torch.Genera
 
 
 def _pace(step: int, steps: int) -> float:
-    rise = max(1, steps // 20)
+    rise = max(1, steps // 10)
     return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -18,9 +18,24 @@ def test_cuts_behind_the_first_merge_and_outside_all_merges_are_shared() -> None
     names = shared_cuts(made().fitted, made().graph)
     assert {merge.end for merge in made().plan.merges} <= set(names)
     assert names == tuple(node.name for node in made().graph.graph.nodes if node.name in names)
-    inside = {node for merge in made().plan.merges for node in merge.activations}
+    exits = {merge.exit for merge in made().plan.merges}
+    findings = fxmerge.find_segments(made().graph)
+    covered = [s.nodes for s in findings.segments for m in made().plan.merges if (s.entry, s.end) == (m.entry, m.end)]
+    inside = {node for nodes in covered for node in nodes[: next(i for i, name in enumerate(nodes) if name in exits)]}
+    assert inside
     assert not inside & set(names)
     assert made().plan.merges[0].entry not in names  # before the first merge both compute the same
+
+
+def test_the_exit_of_a_merge_is_shared_where_no_activation_follows_it() -> None:
+    findings = fxmerge.find_segments(made().graph)
+    candidates = [c for p in fxmerge.propose(findings) for c in p.candidates]
+    branch = next(c for c in candidates if c.kind == "fitted" and c.exit == c.end and c.activations)
+    plan = fxmerge.Plan(findings.fingerprint, (branch,))
+    names = shared_cuts(fxmerge.linearize(fxmerge.annotate(made().graph, plan)), made().graph)
+    assert branch.end in names
+    with_relu = made().plan.merges[0]
+    assert with_relu.exit not in shared_cuts(made().fitted, made().graph)
 
 
 def test_a_student_of_another_graph_is_refused() -> None:
