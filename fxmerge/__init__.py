@@ -24,6 +24,7 @@ The rooms, in the order in which they may import each other (those on one level 
     survey      from a model to its two tables      search      from tables and a budget to a plan that meets it, measured
     compress, result              the story, its outcome
     saved, testing                students on disk; the proof      interchange     tables of others' format
+    stand_in                      a merged network in its model's place
     backend, cli, demo            the doors      data   images on disk, for the CLI
 """
 

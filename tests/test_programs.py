@@ -35,7 +35,7 @@ from fxmerge.graph.activations import ACTIVATIONS
 from fxmerge.graph.meta import facts, front_end
 from fxmerge.graph.query import is_tensor, module_of
 from fxmerge.graph.trace import trace
-from fxmerge.operators import Activation, Map, Opaque
+from fxmerge.operators import Activation, Map, Norm, Opaque
 from fxmerge.passes import fuse_segments
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import FuseSegments, fuse
@@ -110,11 +110,11 @@ class Case:
         assert all(refusal.node in text for refusal in self.findings.refusals)
 
     def assert_all_accounted_for(self) -> None:
-        """Every convolution, every activation, and whatever else is opaque, is in a segment or refused."""
+        """Every convolution, activation and norm, and whatever else is opaque, is in a segment or refused."""
         held = {name for segment in self.findings.segments for name in segment.nodes}
         held |= {refusal.node for refusal in self.findings.refusals}
         for node, verdict in self.findings.verdicts.items():
-            layer = isinstance(verdict, Activation) or (isinstance(verdict, Map) and verdict.role == "convolution")
+            layer = isinstance(verdict, (Activation, Norm)) or (isinstance(verdict, Map) and verdict.role == "convolution")
             opaque = isinstance(verdict, Opaque) and node.op.startswith("call_") and is_tensor(node)
             if layer or opaque or self._is_layer(node):
                 assert node.name in held, f"{node.name} ({verdict}) is in no segment and not refused"
@@ -266,7 +266,7 @@ class TestTheChecksCanFail:
                groups=1, bias=False),
             do("add", (3, 0), spelling="+"),
             do("relu", (4,), spelling="module"),
-            do("input norm", (5,), spelling="group"),
+            do("input norm", (5,), spelling="batch"),
             do("sigmoid", (6,), spelling="method"),
         ),
         (7, 5),

@@ -148,10 +148,14 @@ def test_a_pipelines_unet_is_compressed_put_back_and_sampled_with_ddim() -> None
     pipeline: Any = DDIMPipeline(unet(), DDIMScheduler(num_train_timesteps=1000))  # type: ignore[no-untyped-call]
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    calibration = [(noise(4, 3, 8, 8, seed=i).float(), times(4, seed=i)) for i in range(8)]
+    example = noise(4, 3, 8, 8).float(), times(4)
 
+    inputs = fxmerge.recorded_inputs(pipeline.unet, lambda: pipeline(batch_size=8, num_inference_steps=6, output_type="np"))
+    scorer = fxmerge.NoisePrediction(images=noise(8, 3, 8, 8).float().clamp(-1, 1), signal=pipeline.scheduler.alphas_cumprod)
     space = fxmerge.Space(max_kernel=3)
-    result = fxmerge.compress(pipeline.unet, calibration[0], speedup=1.2, calibration=calibration, space=space, timer=PriceTimer())
+    result = fxmerge.compress(
+        pipeline.unet, example, speedup=1.2, calibration=inputs, scorer=scorer, space=space, timer=PriceTimer()
+    )
     before = pipeline(batch_size=2, generator=generator.manual_seed(0), num_inference_steps=3, output_type="np").images
     pipeline.unet = result.in_place_of(pipeline.unet)
     after = pipeline(batch_size=2, generator=generator.manual_seed(0), num_inference_steps=3, output_type="np").images

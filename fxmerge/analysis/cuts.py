@@ -4,7 +4,8 @@ Two edges of a graph enclose a single-entry single-exit region iff, once the exi
 passes through the other (Johnson, Pearson, Pingali 1994, "The program structure tree"). Cycle equivalence is found in linear time
 by sampling the cycle space (Pritchard, Thurimella 2011): give every edge outside a spanning tree a random label, every tree edge
 the exclusive or of the labels of the cycles it lies on; edges are equivalent iff their labels are equal (with 128 bits, wrong
-with probability below 1e-30). Every tensor is an edge, from where it is computed to where it is handed out; every use is one too.
+with probability below 1e-30). Every tensor is an edge, from where it is computed to where it is handed out; every use is one too;
+readers that meet before the others do (:mod:`fxmerge.analysis.forks`) share one.
 
 A class of equivalent edges, in graph order, is a chain of cuts. A block that is no series-parallel graph needs no care: it is a
 unit, and the chains inside it are classes of their own.
@@ -14,15 +15,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
+from fxmerge.analysis.forks import Group, group_readers
 from fxmerge.core.region import Chain, Unit
 from fxmerge.graph.query import data_operands, fed_by_inputs
 
-#: (vertex, vertex); a tensor's two ends are (node, "in") and (node, "out").
+#: A tensor's two ends are (node, "in") and (node, "out"), its groups of readers (node, "out.0") and so on.
 Vertex = tuple[Node | None, str]
 _SOURCE: Vertex = (None, "out")
 _SINK: Vertex = (None, "in")
@@ -68,16 +70,41 @@ def _operands(node: Node, sides: Mapping[Node, Node]) -> list[Node]:
 def _edges(nodes: Sequence[Node], sides: Mapping[Node, Node]) -> list[tuple[Vertex, Vertex]]:
     """Tensors and uses in graph order; an edge from the sink to the source closes the graph."""
     inside = set(nodes)
+    origins = _origins(nodes, sides)
     edges: list[tuple[Vertex, Vertex]] = []
     for node in nodes:
         sources = [operand for operand in _operands(node, sides) if operand in inside]
         if sides.get(node) in inside:
             edges.append(((sides[node], "out"), _SINK))
-        edges += [((operand, "out"), (node, "in")) for operand in sources]
+        for operand in sources:
+            *forks, last = origins.get((operand, node), [(operand, "out")])
+            edges += [fork for fork in itertools.pairwise((*forks, last)) if fork not in edges]
+            edges.append((last, (node, "in")))
         if not sources:
             edges.append((_SOURCE, (node, "in")))
         edges.append(((node, "in"), _SINK if node.op == "output" else (node, "out")))
     return [*edges, (_SINK, _SOURCE)]
+
+
+def _origins(nodes: Sequence[Node], sides: Mapping[Node, Node]) -> dict[tuple[Node, Node], list[Vertex]]:
+    """For a tensor and its reader the vertices that lead from the one to the other: the tensor's end, then those of groups."""
+    readers: dict[Node, list[Node]] = {node: [] for node in nodes}
+    uses = Counter((operand, node) for node in nodes for operand in _operands(node, sides) if operand in readers)
+    for operand, node in uses:
+        readers[operand].append(node)
+    origins: dict[tuple[Node, Node], list[Vertex]] = {}
+
+    def follow(tensor: Node, items: Sequence[Node | Group], path: list[Vertex]) -> None:
+        for number, item in enumerate(items):
+            deeper: list[Vertex] = [*path, (tensor, f"{path[-1][1]}.{number}")]
+            if isinstance(item, Group):
+                follow(tensor, item.members, deeper)
+            else:
+                origins[tensor, item] = deeper if uses[tensor, item] > 1 else path
+
+    for tensor, items in group_readers(nodes, readers).items():
+        follow(tensor, items, [(tensor, "out")])
+    return origins
 
 
 def _classes(edges: Sequence[tuple[Vertex, Vertex]], nodes: Sequence[Node]) -> list[list[Node]]:

@@ -109,10 +109,8 @@ def regions(graph: GraphModule) -> Iterator[tuple[Node, Node, set[Node]]]:
         for end in (node for node in reach[entry] if node.op != "output"):
             inside = {node for node in reach[entry] if node is end or end in reach[node]}
             ways_in = [operand for node in inside for operand in data_operands(node) if operand not in inside]
-            uses = sum(operand is entry for user in entry.users for operand in data_operands(user))
             leaves = any(user not in inside for node in inside - {end} for user in node.users)
-            # Through one use of the entry, or through all of them.
-            if set(ways_in) == {entry} and len(ways_in) in (1, uses) and not leaves:
+            if set(ways_in) == {entry} and not leaves:
                 yield entry, end, inside
 
 

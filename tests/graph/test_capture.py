@@ -137,6 +137,22 @@ class TestSizes:
         with pytest.raises(InputError, match=r"captured for inputs of size \(any, 3, 12, 12\) and found \(2, 3, 13, 12\)"):
             graph(images(size=(13, 12)))
 
+    def test_sizes_that_the_model_treats_apart_are_left_to_it(self) -> None:
+        """As a U-Net does that must bring odd images back to their size."""
+
+        def forward(s: Any, x: Tensor) -> Tensor:
+            y = F.max_pool2d(F.relu(s.a(x)), 2, ceil_mode=True)
+            odd = any(n % 2 for n in x.shape[-2:])
+            y = F.interpolate(s.b(y), size=x.shape[-2:]) if odd else F.interpolate(s.b(y), scale_factor=2.0)
+            return x + y if odd else x - y
+
+        model = Net(forward, a=conv(3, 3), b=conv(3, 3)).double().eval()
+        graph = by_export(model, images(size=(12, 12)))
+        other = images(size=(20, 14))
+        assert relative_error(model(other), graph(other)) < 1e-12
+        with pytest.raises(InputError, match=r"captured for images of 12x12 pixels, .* by multiples of 2; found 13x12"):
+            graph(images(size=(13, 12)))
+
     def test_a_batch_of_one_is_not_fixed(self) -> None:
         graph = trace(Checked().double(), images(batch=1))
         assert graph(images(batch=4)).shape[0] == 4
@@ -174,7 +190,8 @@ PITFALLS: dict[str, tuple[Any, list[str]]] = {
             fc2=nn.Linear(8, 3),
             scale=nn.LayerNorm(3),
         ),
-        ["x -> permute", "norm -> gelu", "norm -> permute_1", "gelu -> permute_1"],
+        ["x -> add", "x -> norm", "x -> norm", "x -> gelu", "x -> permute_1", "norm -> gelu", "norm -> permute_1",
+         "gelu -> permute_1"],
     ),
     "a pad before": (lambda: Net(_pads_same, a=nn.Conv2d(3, 4, 3, 2), b=conv(4, 4)), None),
     "same": (lambda: Net(lambda s, x: s.b(F.relu(s.a(x))), a=nn.Conv2d(3, 4, 3, padding="same", dilation=2), b=conv(4, 4)), None),

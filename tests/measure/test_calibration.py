@@ -139,3 +139,25 @@ def test_images_of_a_size_that_the_network_rejects_are_told() -> None:
         CalibrationError, match=r"rejects calibration inputs of size \(4, 3, 10, 10\): .*shapes cannot be multiplied"
     ):
         fxmerge.measure_importance(findings, fxmerge.propose(findings), torch.randn(4, 3, 10, 10))
+
+
+class Timed(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.relu(x + (t.view(-1, 1, 1, 1) if t.dim() else t))
+
+
+FOUR = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class TestTimeSteps:
+    @pytest.mark.parametrize("time", [7, torch.tensor(7), torch.tensor([7])])
+    def test_one_for_all_images_of_an_item_where_the_network_takes_one_for_each(self, time: object) -> None:
+        graph = fxmerge.trace(Timed(), (FOUR, torch.arange(4)))
+        [batch] = as_batches([(FOUR, time), (FOUR, torch.arange(4))], graph)
+        assert batch[1].tolist() == [7, 7, 7, 7, 0, 1, 2, 3]
+
+    def test_items_of_different_times_share_no_batch_where_it_takes_one_for_all(self) -> None:
+        graph = fxmerge.trace(Timed(), (FOUR, torch.tensor(3)))
+        batches = as_batches([(FOUR, torch.tensor(t)) for t in (5, 5, 8, 5)], graph, batch_size=6)
+        assert [(images_in(batch), int(batch[1])) for batch in batches] == [(6, 5), (2, 5), (4, 8), (4, 5)]
+        assert [images_in(batch) for batch in as_batches([(FOUR, 5), (FOUR, 8)], graph, limit=6)] == [4, 2]
