@@ -28,10 +28,18 @@ def named_leaves(value: Any) -> list[tuple[str, Any]]:
 
 
 def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    for inner, leaf in pytree.tree_flatten_with_path(value)[0]:
+    for inner, leaf in _with_keys(value):
         where = path + pytree.keystr(inner)
         if is_dataclass(leaf) and not isinstance(leaf, type):
             for part in fields(leaf):
                 yield from _named(f"{where}.{part.name}", getattr(leaf, part.name))
         else:
             yield where, leaf
+
+
+def _with_keys(value: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Leaves behind their keys; by number, where a container was made known to torch without keys."""
+    try:
+        return pytree.tree_flatten_with_path(value)[0]
+    except ValueError:
+        return [((pytree.SequenceKey(number),), leaf) for number, leaf in enumerate(pytree.tree_leaves(value))]

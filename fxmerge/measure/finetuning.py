@@ -202,7 +202,7 @@ class Custom:
 def student_of(findings: Findings, candidate: Candidate, batches: Sequence[Batch], fit: Reconstruction) -> GraphModule:
     """The student in which one candidate alone is taken, its weights fitted if it is to be; in eval mode."""
     plan = Plan(findings.fingerprint, (candidate,))
-    weights = fit.fit(findings, plan, batches) if candidate.kind == "fitted" or candidate.fixed else {}
+    weights = fit.alone().fit(findings, plan, batches) if candidate.kind == "fitted" or candidate.fixed else {}
     return linearize(annotate(findings.graph, plan), weights=weights, operators=findings.operators).eval()
 
 

@@ -88,6 +88,10 @@ class Reconstruction:
         numbers += [] if self.shares is None else [f"shares={function_name(self.shares)}"]
         return f"reconstruction divergence={name} {' '.join(numbers)}"
 
+    def alone(self) -> Reconstruction:
+        """This fit for a candidate that is scored alone: nothing but its own weights, by plain least squares."""
+        return replace(self, through=0, stay=False)
+
     def coarse(self) -> Reconstruction | None:
         """This scorer with the divergence measured on ``coarse_images`` only."""
         return replace(self, score_images=self.coarse_images) if self.coarse_images < self.score_images else None

@@ -52,7 +52,7 @@ def test_candidates_that_make_the_image_larger_are_scored_and_fitted_as_they_are
     assert losses.loss(small.id) > 1e-3
     for candidate, loss in ((largest, 1e-6), (small, losses.loss(small.id))):
         plan = fxmerge.Plan(findings.fingerprint, (candidate,))
-        weights = fxmerge.fit(findings, plan, data, scorer=fxmerge.Reconstruction(stay=False, through=0))
+        weights = fxmerge.fit(findings, plan, data, scorer=fxmerge.Reconstruction().alone())
         student = fxmerge.linearize(fxmerge.annotate(findings.graph, plan), weights=weights)
         with torch.no_grad():
             found = fxmerge.measure.divergence.divergence(findings.graph(data), student(data))  # type: ignore[attr-defined]

@@ -138,9 +138,10 @@ def test_tasks_hold_every_candidate_once(tables) -> None:  # type: ignore[no-unt
 
 def test_the_settings_name_all_that_decides_a_score() -> None:
     base = fxmerge.Reconstruction()
-    numbers = {field.name for field in dataclasses.fields(base)} - {"divergence", "shares", "coarse_images"}
+    numbers = {field.name for field in dataclasses.fields(base)} - {"divergence", "shares", "coarse_images", "through", "stay"}
     changed = [dataclasses.replace(base, **{name: 2 * getattr(base, name) + 1}) for name in numbers]
     assert len({scorer.settings for scorer in (base, *changed)}) == 1 + len(numbers) >= 8
+    assert dataclasses.replace(base, through=0, stay=False).settings == base.settings
     assert dataclasses.replace(base, coarse_images=3).settings == base.settings
     assert dataclasses.replace(base, divergence=len).settings != base.settings
     assert dataclasses.replace(base, shares=len).settings != base.settings

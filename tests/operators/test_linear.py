@@ -309,7 +309,7 @@ class TestWeightsFromData:
         data = torch.randn(64, 3, 6, 9, dtype=torch.float64)
         findings, candidate = taken(graph, lambda c: c.kind == "fitted" and c.entry == "_1_norm")
         plan = Plan(findings.fingerprint, (candidate,))
-        [weights] = fxmerge.fit(findings, plan, data).values()
+        [weights] = fxmerge.fit(findings, plan, data, scorer=fxmerge.Reconstruction().alone()).values()
         assert isinstance(weights, Affine)
         fitted = fuse(linearize(annotate(graph, plan), weights={candidate.id: weights}))
         shaken = replace(weights, weight=weights.weight + 0.05 * torch.randn_like(weights.weight))
@@ -327,7 +327,8 @@ class TestWeightsFromData:
         reference = graph(data)
         for candidate in (c for p in proposals for c in p.candidates):
             plan = Plan(findings.fingerprint, (candidate,))
-            student = linearize(annotate(graph, plan), weights=fxmerge.fit(findings, plan, data))
+            weights = fxmerge.fit(findings, plan, data, scorer=fxmerge.Reconstruction().alone())
+            student = linearize(annotate(graph, plan), weights=weights)
             with torch.no_grad():
                 loss = float(fxmerge.measure.divergence.divergence(reference, student(data)).mean())  # type: ignore[attr-defined]
             if candidate.geometry.pointwise:  # else padding has moved in the student
