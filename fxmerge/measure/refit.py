@@ -60,7 +60,7 @@ class Pair(NamedTuple):
     shares: Tensor | None
 
 
-class Fitting(Protocol):
+class Fits(Protocol):
     """What the walk asks of the closed-form scorer."""
 
     findings: Findings
@@ -90,7 +90,7 @@ class Walk:
         progress: called with (done, total) merges.
     """
 
-    work: Fitting
+    work: Fits
     plan: Plan
     segments: Mapping[str, Segment]
     stay: bool

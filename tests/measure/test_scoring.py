@@ -114,13 +114,13 @@ def test_candidates_too_large_for_the_memory_are_left_out_and_told(tables) -> No
 def test_no_batch_takes_more_than_its_share_of_memory(tables, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     findings, proposals, _, whole = tables
     seen = []
-    real = fxmerge.measure.reconstruction.Replay.values
+    real = fxmerge.measure.replay.Replay.values
 
     def values(self, arguments, **options):  # type: ignore[no-untyped-def]
         seen.append(len(arguments[0]))
         return real(self, arguments, **options)
 
-    monkeypatch.setattr(fxmerge.measure.reconstruction.Replay, "values", values)
+    monkeypatch.setattr(fxmerge.measure.replay.Replay, "values", values)
     some = [fxmerge.Proposal(p.segment, tuple(c for c in p.candidates if c.kind != "fitted")) for p in proposals][:2]
     table = fxmerge.measure_importance(findings, some, images(64), scorer=fxmerge.Reconstruction(memory_bytes=2_000_000))
     assert max(seen) <= 64 // 4
