@@ -127,7 +127,7 @@ class Search:
         """
         plan, measured = found
         asked = measured[0].median_ns * fraction if fraction is not None else (latency_ms or 0.0) * 1e6
-        over = measured[1].median_ns / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
+        over = max(1, measured[1].median_ns) / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
         high = self.front.index(max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over)))
         low = self.front.index(max(self.front.fastest_ns, math.floor(asked * (1 - 1.5 * self.tolerance) / over)))
         indices = {round(low + (high - low) * step / max(1, trials - 1)) for step in range(trials)}
