@@ -13,6 +13,7 @@ from torch import nn
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.candidates import Space
 from fxmerge.budget import asked_fraction
+from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import InputError
@@ -141,7 +142,5 @@ def build(
 
 
 def _check_search(tolerance: float, corrections: int) -> None:
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
-        raise InputError(f"tolerance must be a number from 0 on, found {tolerance!r}")
-    if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
-        raise InputError(f"corrections must be a whole number from 0 on, found {corrections!r}")
+    require_number("tolerance", tolerance, "a number from 0 on", lambda value: 0 <= value < math.inf)
+    require_whole("corrections", corrections, 0)

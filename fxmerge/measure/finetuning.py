@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxmerge.analysis.segments import Findings
+from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.core.table import Importance
@@ -73,14 +74,11 @@ class FineTuning:
     def __post_init__(self) -> None:
         for name in ("train", "holdout"):
             object.__setattr__(self, name, labelled(name, getattr(self, name)))
-        if type(self.steps) is not int or self.steps < 0 or self.metric not in ("accuracy", "loss"):
-            raise InputError(
-                f"steps must be a whole number from 0 on, metric accuracy or loss; found {self.steps!r}, {self.metric!r}"
-            )
+        require_whole("steps", self.steps, 0)
+        if self.metric not in ("accuracy", "loss"):
+            raise InputError(f"metric must be accuracy or loss, found {self.metric!r:.80}")
         for name in ("learning_rate", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise InputError(f"{name} must be a finite number from 0 on, found {value!r}")
+            require_number(name, getattr(self, name), "a finite number from 0 on", lambda value: 0 <= value < math.inf)
         if not self.holdout or (self.steps and not self.train):
             raise InputError("fine-tuning needs batches to train on and a hold-out; found none of the one or the other")
 

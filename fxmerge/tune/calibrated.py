@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.errors import CalibrationError, InputError
+from fxmerge.core.options import require_number, require_whole
+from fxmerge.errors import CalibrationError
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, picked
 from fxmerge.measure.divergence import divergence
 from fxmerge.operators import Operators
@@ -64,7 +65,7 @@ def calibration_tune(
         step_size: the largest step of all layers together: of a weight, as a fraction of the root mean square of the tensor it is
             in, divided by the number of layers. It rises over the first tenth of the steps, then falls to 0 along a cosine.
         held_out: the fraction of the images that no step sees, and that tells which state is kept.
-        limit: how many images to take, from the first.
+        limit: how many images to take, from the first; two at least.
         seed: of the order of the images.
         augment: (batch, generator) -> batch; both networks see what it gives.
         operators: what was known of operators when the plan was made; None for the default table.
@@ -78,7 +79,7 @@ def calibration_tune(
         CalibrationError: the images cannot be used, or are fewer than two.
         InputError: an option out of range.
     """
-    _check(steps, batch_size, step_size, held_out)
+    _check(steps, batch_size, step_size, held_out, limit)
     tuned = copy.deepcopy(student).eval()
     parameters = [p for p in tuned.parameters() if p.is_floating_point() and p.numel()]
     images = as_batches(batches, original, batch_size=limit, limit=limit)[0]
@@ -205,12 +206,8 @@ def _pace(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _check(steps: int, batch_size: int, step_size: float, held_out: float) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise InputError(f"steps must be a whole number from 0 on, found {steps!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a whole number from 1 on, found {batch_size!r}")
-    if not 0 < step_size < math.inf:
-        raise InputError(f"step_size must be a positive number, found {step_size!r}")
-    if not 0 < held_out < 1:
-        raise InputError(f"held_out must be a fraction between 0 and 1, found {held_out!r}")
+def _check(steps: int, batch_size: int, step_size: float, held_out: float, limit: int) -> None:
+    for name, value, least in (("steps", steps, 0), ("batch_size", batch_size, 1), ("limit", limit, 2)):
+        require_whole(name, value, least)
+    require_number("step_size", step_size, "a positive number", lambda size: 0 < size < math.inf)
+    require_number("held_out", held_out, "a fraction between 0 and 1", lambda share: 0 < share < 1)

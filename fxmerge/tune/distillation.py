@@ -10,6 +10,7 @@ regressor: student and original have the same tensors there).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.errors import InputError
+from fxmerge.core.options import require_number
 from fxmerge.graph.meta import origin
 from fxmerge.graph.query import fingerprint
 from fxmerge.measure.divergence import divergence
@@ -36,6 +37,9 @@ class Distillation:
         temperature: by which logits are divided for the teacher's part.
         features: the weight of the tensors at the cuts, where the teacher is the graph that the student was made from.
         match: (student's outputs, teacher's outputs) -> a mean over the batch; None for what the module's docstring says.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     share: float = 0.9
@@ -44,11 +48,9 @@ class Distillation:
     match: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1 or not self.temperature > 0 or not self.features >= 0:
-            raise InputError(
-                "share is a fraction, temperature above 0, features at least 0; found "
-                f"{self.share!r}, {self.temperature!r}, {self.features!r}"
-            )
+        require_number("share", self.share, "a fraction from 0 to 1", lambda share: 0 <= share <= 1)
+        require_number("temperature", self.temperature, "a positive number", lambda value: 0 < value < math.inf)
+        require_number("features", self.features, "a finite number from 0 on", lambda value: 0 <= value < math.inf)
 
     def outputs(self, found: Any, wanted: Any) -> Tensor:
         """How far the student's outputs are from the teacher's; a scalar."""
@@ -86,9 +88,13 @@ class Lesson:
     ) -> Lesson:
         """Features are taken where the teacher is the very graph that the student was made from."""
         cuts: tuple[str, ...] = ()
-        taught = isinstance(teacher, GraphModule) and origin(student) is not None and origin(student) == fingerprint(teacher)
-        if taught and distillation.features:
-            assert isinstance(teacher, GraphModule)
+        made_from = origin(student)
+        if (
+            distillation.features
+            and isinstance(teacher, GraphModule)
+            and made_from is not None
+            and made_from == fingerprint(teacher)
+        ):
             cuts = shared_cuts(student, teacher, operators=operators)
         told: nn.Module | None = None
         if teacher is not None:

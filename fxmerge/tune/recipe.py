@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxmerge.errors import InputError
+from fxmerge.core.options import require_number, require_whole
 from fxmerge.measure.digests import function_name
 from fxmerge.tune.distillation import Distillation
 
@@ -60,16 +60,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 0:
-            raise InputError(f"epochs must be a whole number from 0 on, found {self.epochs!r}")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate must be a positive number, found {self.learning_rate!r}")
-        if not 0 <= self.warm_up < 1 or not 0 <= self.average < 1:
-            raise InputError(f"warm_up and average are fractions of all steps, found {self.warm_up!r} and {self.average!r}")
-        if self.clip is not None and not self.clip > 0:
-            raise InputError(f"clip must be a positive number or None, found {self.clip!r}")
-        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
-            raise InputError(f"checkpoint_steps must be at least 1 or None, found {self.checkpoint_steps!r}")
+        require_whole("epochs", self.epochs, 0)
+        require_number("learning_rate", self.learning_rate, "a positive number", lambda rate: 0 < rate < math.inf)
+        for name in ("warm_up", "average"):
+            require_number(name, getattr(self, name), "a fraction of all steps, from 0 to below 1", lambda share: 0 <= share < 1)
+        for name in ("momentum", "weight_decay"):
+            require_number(name, getattr(self, name), "a finite number from 0 on", lambda value: 0 <= value < math.inf)
+        if self.clip is not None:
+            require_number("clip", self.clip, "a positive number or None", lambda norm: norm > 0)
+        if self.checkpoint_steps is not None:
+            require_whole("checkpoint_steps", self.checkpoint_steps, 1)
 
     @property
     def settings(self) -> dict[str, str]:

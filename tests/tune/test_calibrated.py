@@ -83,7 +83,9 @@ def test_no_steps_give_a_copy() -> None:
         ({"steps": -1}, "steps must be a whole number"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1"),
         ({"step_size": 0.0}, "step_size must be a positive"),
+        ({"step_size": "small"}, "step_size must be a positive number, found 'small'"),
         ({"held_out": 1.0}, "held_out must be a fraction"),
+        ({"limit": 0}, "limit must be a whole number from 2 on, found 0"),
     ],
 )
 def test_options_out_of_range_are_told(options: dict[str, float], told: str) -> None:
