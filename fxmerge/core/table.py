@@ -203,6 +203,15 @@ class Importance:
     scorer: Literal["reconstruction", "exact"] | str
 
 
+def bounded(loss: float) -> float:
+    """A loss that an importance can hold: what overflows is as bad as can be; finite, for the solver's sums to be exact.
+
+    >>> bounded(float("nan")), bounded(-0.5)
+    (1000000.0, -0.5)
+    """
+    return max(-1e6, min(loss, 1e6)) if loss == loss else 1e6
+
+
 @dataclass(frozen=True, slots=True)
 class ImportanceTable:
     """Candidate id -> importance."""

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge.analysis.segments import Findings
+from fxmerge.core.options import require_whole
 from fxmerge.core.segment import Proposal
-from fxmerge.core.table import Importance
+from fxmerge.core.table import Importance, bounded
 from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
@@ -60,10 +61,14 @@ class NoisePrediction:
     def __post_init__(self) -> None:
         if self.prediction not in get_args(Prediction):
             raise InputError(f"prediction must be one of {', '.join(get_args(Prediction))}, found {self.prediction!r}")
+        for name, values in (("images", (self.images,)), ("signal", (self.signal,)), ("conditions", self.conditions)):
+            for value in values:
+                if not isinstance(value, Tensor):
+                    raise InputError(f"{name} must be given as tensors, found {type(value).__name__}")
         if self.images.dim() < 3 or not len(self.images) or any(len(c) != len(self.images) for c in self.conditions):
             found = ", ".join(str(tuple(value.shape)) for value in (self.images, *self.conditions))
             raise InputError(f"images must be (N, C, *space) and conditions one for each, found {found}")
-        if self.signal.dim() != 1 or not bool(((self.signal >= 0) & (self.signal <= 1)).all()):
+        if self.signal.dim() != 1 or not len(self.signal) or not bool(((self.signal >= 0) & (self.signal <= 1)).all()):
             raise InputError(f"signal must hold a number from 0 to 1 for every time step, found {tuple(self.signal.shape)}")
 
     @property
@@ -116,7 +121,7 @@ class NoisePrediction:
                         value = work.replay.computed(work.replacement(segment, candidate, maps), env)
                         changed = work.replay.output_with(env, candidate.exit, value)
                         sums[candidate.id] += float((_losses(changed, target) - before).sum())
-            return {name: Importance(_bounded(total / count), count, "noise prediction") for name, total in sums.items()}
+            return {name: Importance(bounded(total / count), count, "noise prediction") for name, total in sums.items()}
 
         return scoring
 
@@ -134,11 +139,6 @@ def _losses(output: Any, target: Tensor) -> Tensor:
     return (found.double() - target.double()).pow(2).flatten(1).mean(1)
 
 
-def _bounded(loss: float) -> float:
-    """A candidate that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
-    return max(-1e6, min(loss, 1e6)) if loss == loss else 1e6
-
-
 @dataclass(frozen=True)
 class TimeShares:
     """How much an image counts by its time step, for ``Reconstruction(shares=...)``.
@@ -146,6 +146,9 @@ class TimeShares:
     Args:
         shares: for every time step, (T,), from 0 on.
         argument: which argument of the network is the time step, from 0.
+
+    Raises (when called):
+        InputError: there is no such argument, or no share for a time step.
 
     >>> TimeShares(torch.tensor([1.0, 0.5, 0.0]))((torch.zeros(2, 3, 8, 8), torch.tensor([2, 1])))
     tensor([0.0000, 0.5000])
@@ -155,8 +158,14 @@ class TimeShares:
     argument: int = 1
 
     def __call__(self, batch: Batch) -> Tensor:
-        times = torch.as_tensor(batch[self.argument])
-        return self.shares.to(times.device)[times.long()].expand(images_in(batch))
+        if not 0 <= self.argument < len(batch):
+            raise InputError(f"the network has {len(batch)} arguments; number {self.argument}, from 0, is said to be the time step")
+        times = torch.as_tensor(batch[self.argument]).long()
+        if not bool(((times >= 0) & (times < len(self.shares))).all()):
+            raise InputError(
+                f"there are shares for time steps 0 to {len(self.shares) - 1}, found {int(times.min())} to {int(times.max())}"
+            )
+        return self.shares.to(times.device)[times].expand(images_in(batch))
 
 
 def recorded_inputs(model: nn.Module, run: Callable[[], Any], *, most: int | None = None) -> tuple[tuple[Any, ...], ...]:
@@ -165,19 +174,21 @@ def recorded_inputs(model: nn.Module, run: Callable[[], Any], *, most: int | Non
     Args:
         model: whose calls are recorded; it is left as it was.
         run: called once; for a pipeline, ``lambda: pipeline(batch_size=8, num_inference_steps=50)``.
-        most: how many calls to keep, spread evenly over all; None for all.
+        most: how many calls to keep, from 1 on, spread evenly over all; None for all.
 
     Returns:
         For every call a tuple of its arguments that are tensors or numbers, in the order of the model's signature. Tensors are
         copies.
 
     Raises:
-        InputError: the model was not called.
+        InputError: the model was not called, or ``most`` is no such number.
 
     >>> layer = nn.Linear(2, 2)
     >>> [x.shape for (x,) in recorded_inputs(layer, lambda: [layer(torch.zeros(n, 2)) for n in (1, 2, 3)], most=2)]
     [torch.Size([1, 2]), torch.Size([3, 2])]
     """
+    if most is not None:
+        require_whole("most", most, 1)
     signature = inspect.signature(model.forward)
     calls: list[tuple[Any, ...]] = []
 

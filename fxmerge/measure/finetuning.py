@@ -26,7 +26,7 @@ from fxmerge.analysis.segments import Findings
 from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal
-from fxmerge.core.table import Importance
+from fxmerge.core.table import Importance, bounded
 from fxmerge.errors import InputError
 from fxmerge.measure.calibration import Batch, images_in
 from fxmerge.measure.digests import data_digest, function_name
@@ -116,7 +116,7 @@ class FineTuning:
             after = self._quality(student)
         count = sum(images_in(arguments(inputs)) for inputs, _ in self.holdout)
         lost = before - after if self.metric == "accuracy" else after - before
-        return Importance(max(-1e6, min(lost, 1e6)) if lost == lost else 1e6, count, "fine-tuning")
+        return Importance(bounded(lost), count, "fine-tuning")
 
     def _train(self, student: GraphModule) -> None:
         student.train()

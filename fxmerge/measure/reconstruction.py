@@ -7,7 +7,6 @@ of a group of entries, one for their normal equations and one for their scores; 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +20,7 @@ from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Proposal, Segment, narrowed
-from fxmerge.core.table import Importance
+from fxmerge.core.table import Importance, bounded
 from fxmerge.errors import InputError, PlanMismatchError
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
 from fxmerge.measure.digests import function_name
@@ -197,10 +196,10 @@ class _Work(Fitting):
                     changed = self.replay.output_with(env, candidate.exit, value)
                     sums[name] += self.divergence(reference, changed, batch)
                     if not sums[name] <= self.options.hopeless * weight:
-                        scores[name] = Importance(_sane(sums[name], weight), images, "reconstruction")
+                        scores[name] = Importance(_mean(sums[name], weight), images, "reconstruction")
                         del pending[name]
         for name in pending:
-            scores[name] = Importance(_sane(sums[name], weight), images, "reconstruction")
+            scores[name] = Importance(_mean(sums[name], weight), images, "reconstruction")
         return scores
 
     def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
@@ -220,15 +219,14 @@ class _Work(Fitting):
                 changed = self.replay.values(batch, replaced=taken)[self.replay.output]
                 total += self.divergence(reference, changed, batch)
                 weight += self.weight_of(batch)
-        return _sane(total, weight)
+        return _mean(total, weight)
 
 
-def _sane(total: float, weight: float) -> float:
-    """The mean loss. A replacement that overflows is as bad as can be; a finite number keeps the solver's sums exact."""
+def _mean(total: float, weight: float) -> float:
+    """The mean loss."""
     if not weight > 0:
-        raise InputError("no image counts: shares gave 0 for all")
-    loss = total / weight
-    return loss if math.isfinite(loss) and loss < 1e6 else 1e6
+        raise InputError("no image counts: score_images is 0, or shares gave 0 for all")
+    return bounded(total / weight)
 
 
 def fit(

@@ -136,6 +136,9 @@ def test_it_serves_compress_and_other_processes() -> None:
     ("options", "text"),
     [
         ({"prediction": "noise"}, "prediction must be one of epsilon, sample, v_prediction, found 'noise'"),
+        ({"images": [0.0]}, "images must be given as tensors, found list"),
+        ({"signal": [0.9, 0.1]}, "signal must be given as tensors, found list"),
+        ({"signal": torch.zeros(0)}, r"signal must hold a number from 0 to 1 for every time step, found \(0,\)"),
         ({"images": torch.zeros(3, 8)}, r"images must be \(N, C, \*space\)"),
         ({"conditions": (torch.zeros(2),)}, r"conditions one for each, found \(12, 3, 8, 8\), \(2,\)"),
         ({"signal": SIGNAL + 1}, "a number from 0 to 1 for every time step"),
@@ -195,6 +198,10 @@ class TestRecordedInputs:
         with pytest.raises(InputError, match="the Linear was not called"):
             recorded_inputs(nn.Linear(1, 1), lambda: None)
 
+    def test_no_call_at_all_cannot_be_asked_for(self) -> None:
+        with pytest.raises(InputError, match="most must be a whole number from 1 on, found 0"):
+            recorded_inputs(nn.Linear(1, 1), lambda: None, most=0)
+
 
 class TestShares:
     def fitted(self, shares: Callable[..., Tensor] | None, given: tuple[Tensor, Tensor]) -> tuple[Any, float]:
@@ -232,6 +239,13 @@ class TestShares:
     def test_other_shares_are_refused(self, shares: Any, text: str) -> None:
         with pytest.raises(InputError, match=text):
             self.fitted(shares, data())
+
+    def test_a_time_step_without_a_share_is_told(self) -> None:
+        batch = clean(2), torch.tensor([0, 3])
+        with pytest.raises(InputError, match="there are shares for time steps 0 to 2, found 0 to 3"):
+            TimeShares(torch.ones(3))(batch)
+        with pytest.raises(InputError, match="the network has 2 arguments; number 2, from 0, is said to be the time step"):
+            TimeShares(torch.ones(4), argument=2)(batch)
 
     def test_they_are_part_of_what_decides_a_score(self) -> None:
         plain, early, late = (Reconstruction(shares=s).settings for s in (None, TimeShares(SIGNAL), TimeShares(1 - SIGNAL)))
