@@ -41,6 +41,7 @@ def in_place_of(
     Raises:
         InputError: the example does not fit the model's signature; when called, that the arguments are others than those
             traced with, or that what was a constant for the graph has another value.
+        TypeError: when called, as the model's own signature raises it.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3))
     >>> standing_in = in_place_of(model, nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8))
@@ -113,7 +114,10 @@ class _Call:
                 raise InputError(f"{name} is {wanted!r} in the merged network, as it was traced with; found {value!r:.80}")
             return value
         if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=wanted.dtype, device=None if images is None else images.device)
+            try:
+                value = torch.tensor(value, dtype=wanted.dtype, device=None if images is None else images.device)
+            except (TypeError, ValueError, RuntimeError) as fault:
+                raise InputError(f"{name} was a tensor when {self.name} was traced; found {value!r:.80}") from fault
         if value.dim() == 0 and wanted.dim() == 1 and images is not None:
             value = value.expand(len(images))
         if value.dim() != wanted.dim():

@@ -99,6 +99,7 @@ def test_the_form_of_the_output_is_as_asked_for(model: Timed) -> None:
         (lambda m: m(X, T, 2.0), "factor was not given when Timed was traced"),
         (lambda m: m(X, None), "Timed was traced with t: give it"),
         (lambda m: m(X, T[:, None]), "t has 2 dimensions; the network was traced with 1"),
+        (lambda there: there(X, "now"), "t was a tensor when Timed was traced; found 'now'"),
     ],
 )
 def test_what_the_network_was_not_traced_for_is_refused(model: Timed, call: Any, text: str) -> None:

@@ -80,7 +80,8 @@ class Substitution:
         if self.options.shares is None:
             return None
         shares = self.options.shares(batch)
-        if shares.shape != (images_in(batch),) or not bool((shares >= 0).all() & shares.isfinite().all()):
+        sound = isinstance(shares, Tensor) and shares.shape == (images_in(batch),)
+        if not sound or not bool((shares >= 0).all() & shares.isfinite().all()):
             raise InputError(f"shares must give a number from 0 on for each of {images_in(batch)} images, gave {shares!r:.200}")
         return shares
 

@@ -31,7 +31,7 @@ from fxmerge.errors import CalibrationError
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, picked
 from fxmerge.measure.divergence import divergence
 from fxmerge.operators import Operators
-from fxmerge.tune.features import feature_loss, shared_cuts, with_features
+from fxmerge.tune.features import feature_loss, require_graph, shared_cuts, with_features
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,10 @@ def calibration_tune(
     Raises:
         PlanMismatchError: the student was not made from this graph.
         CalibrationError: the images cannot be used, or are fewer than two.
-        InputError: an option out of range.
+        InputError: an option out of range, or a model where a traced graph belongs.
     """
+    require_graph("student", student)
+    require_graph("original", original)
     _check(steps, batch_size, step_size, held_out, limit)
     tuned = copy.deepcopy(student).eval()
     parameters = [p for p in tuned.parameters() if p.is_floating_point() and p.numel()]

@@ -51,6 +51,12 @@ def shared_cuts(student: GraphModule, original: GraphModule, *, operators: Opera
     )
 
 
+def require_graph(name: str, value: object) -> None:
+    """Raise InputError unless an argument is a traced graph; a model is easily given in its place."""
+    if not isinstance(value, GraphModule):
+        raise InputError(f"{name} must be a GraphModule, as trace() and linearize() give, found {type(value).__name__}")
+
+
 def _downstream(graph: GraphModule, starts: set[Node]) -> set[Node]:
     seen = set(starts)
     for node in graph.graph.nodes:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxmerge.errors import InputError
+
 
 def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) -> None:
     """Give all batch norms the statistics of what they see in the student, in place; the function in eval mode stays.
@@ -19,6 +21,9 @@ def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) ->
     Args:
         student: from ``linearize``; it is changed, its function in eval mode is not.
         batches: calibration inputs, each a tuple of the network's arguments.
+
+    Raises:
+        InputError: a batch is no tuple.
     """
     norms = {
         name: module
@@ -40,6 +45,9 @@ def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) ->
     try:
         with torch.no_grad():
             for batch in batches:
+                if not isinstance(batch, (tuple, list)):
+                    found = type(batch).__name__
+                    raise InputError(f"each batch must be a tuple of the network's arguments, such as (images,); found {found}")
                 student(*batch)
     finally:
         for handle in handles:

@@ -25,6 +25,7 @@ from fxmerge.graph.query import fingerprint
 from fxmerge.operators import Operators
 from fxmerge.tune.checkpoints import Checkpoint, Epoch, Position, held, read_checkpoint, write_checkpoint
 from fxmerge.tune.distillation import Lesson
+from fxmerge.tune.features import require_graph
 from fxmerge.tune.feed import Data, Feed
 from fxmerge.tune.randomness import random_numbers_put_back, random_state, seed_all, set_random_state
 from fxmerge.tune.recipe import Recipe
@@ -70,10 +71,14 @@ def fine_tune(
         A trained copy, in eval mode, on the device of the student given. ``fxmerge.fuse`` merges it.
 
     Raises:
-        InputError: the loss is no longer finite (lower the learning rate), the data cannot be used, or accelerate is missing.
+        InputError: the loss is no longer finite (lower the learning rate), the data cannot be used, accelerate is missing, or the
+            student is no graph.
         PlanError: the checkpoint is damaged, or of another network or recipe.
     """
     recipe = recipe or Recipe()
+    require_graph("student", student)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise InputError(f"the teacher must be a network or None, found {type(teacher).__name__}")
     if teacher is student:
         raise InputError("the teacher is the student itself; give the original")
     if not recipe.epochs:

@@ -232,6 +232,7 @@ class TestShares:
         ("shares", "text"),
         [
             (lambda batch: torch.ones(17), r"a number from 0 on for each of \d+ images"),
+            (lambda batch: [1.0] * len(batch[0]), r"a number from 0 on for each of \d+ images"),
             (lambda batch: -torch.ones(len(batch[0])), r"a number from 0 on for each of \d+ images"),
             (lambda batch: torch.zeros(len(batch[0])), "no image counts"),
         ],

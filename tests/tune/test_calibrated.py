@@ -93,6 +93,13 @@ def test_options_out_of_range_are_told(options: dict[str, float], told: str) -> 
         calibration_tune(made().fitted, made().graph, images(8), **options)
 
 
+def test_the_model_in_place_of_its_graph_is_told() -> None:
+    with pytest.raises(
+        fxmerge.InputError, match=r"original must be a GraphModule, as trace\(\) and linearize\(\) give, found Linear"
+    ):
+        calibration_tune(made().fitted, torch.nn.Linear(1, 1), images(8))  # type: ignore[arg-type]
+
+
 def test_one_image_is_too_few() -> None:
     with pytest.raises(fxmerge.CalibrationError, match="two images at least"):
         calibration_tune(made().fitted, made().graph, images(1))

@@ -34,3 +34,10 @@ def test_train_mode_is_eval_mode_on_the_images_the_norms_have_seen(norms: bool) 
     scale = float(before.abs().max())
     assert float((after - before).abs().max()) < 1e-4 * scale
     assert float((train_mode - before).abs().max()) < 0.01 * scale
+
+
+def test_images_that_are_in_no_tuple_are_told() -> None:
+    with pytest.raises(
+        fxmerge.InputError, match=r"each batch must be a tuple of the network's arguments, such as \(images,\); found Tensor"
+    ):
+        calibrate_norms(fxmerge.trace(network(), images(4)), images(4))  # type: ignore[arg-type]

@@ -150,6 +150,10 @@ def test_a_loss_that_diverges_is_told() -> None:
 def test_the_teacher_is_not_the_student() -> None:
     with pytest.raises(fxmerge.InputError, match="the teacher is the student itself"):
         fine_tune(made().fitted, batches, teacher=made().fitted)
+    with pytest.raises(fxmerge.InputError, match="the teacher must be a network or None, found str"):
+        fine_tune(made().fitted, batches, teacher="resnet34")  # type: ignore[arg-type]
+    with pytest.raises(fxmerge.InputError, match="student must be a GraphModule, .*, found Linear"):
+        fine_tune(nn.Linear(1, 1), batches)  # type: ignore[arg-type]
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
