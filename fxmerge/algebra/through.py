@@ -5,7 +5,7 @@ r"""Least squares through an activation: what a ReLU cuts off need not be met.
 by majorisation (Hunter, Lange 2004), each round a least-squares problem with the Gram matrix of the first: with q = W z the
 value so far, the target of the next round is
 
-    t = q - slope * (f(q) - f(y)),      slope = max(f'(q), (f(q) - f(y)) / (q - y))
+    t = q - slope * (f(q) - f(y)),      slope = max(f'(q), (f(q) - f(y)) / (q - y)), held to 0..1
 
 For ReLU that is y where y > 0 and q >= 0, min(q, 0) where y <= 0, and between the two where y > 0 > q. A round that makes the sum
 larger is not taken, so the result is never worse, on the data, than what it starts from.

@@ -27,7 +27,8 @@ class Findings:
         graph: the graph that was searched; not changed.
         region: its tree of chains and units.
         segments: every stretch that could become one convolution, by chain, then start, then end.
-        refusals: every convolution, activation and norm that is in no segment, and every stretch given up, with the reason.
+        refusals: every convolution, activation and norm that depends on its input which is in no segment, and every stretch given
+            up, with the reason.
         operators: the table that was used.
         verdicts: what it said of every node.
     """
