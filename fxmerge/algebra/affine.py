@@ -114,16 +114,6 @@ class Affine:
         geometry = replace(self.geometry, groups=groups)
         return Affine(geometry, wide.reshape(geometry.weight_shape), self.bias)
 
-    def resized(self, geometry: Geometry) -> Affine:
-        """The part of this map that fits a smaller kernel or coarser groups: taps and connections outside are dropped."""
-        weight = self.regrouped(1).weight
-        weight = weight[_on_taps(map(_places, geometry.axes, self.geometry.axes))]
-        if geometry.groups > 1:
-            index = torch.arange(geometry.groups, device=weight.device)
-            blocks = weight.unflatten(1, (geometry.groups, -1)).unflatten(0, (geometry.groups, -1))
-            weight = blocks[index, :, index].reshape(geometry.weight_shape)
-        return Affine(geometry, weight.contiguous(), self.bias)
-
 
 def _on_taps(places: Iterable[slice]) -> tuple[slice, ...]:
     """An index into a weight: all channels, these taps."""

@@ -48,7 +48,7 @@ def region_tree(
     nodes = _dataflow(graph)
     sides = {node: operand for node in nodes if (operand := side(node)) is not None}
     edges = _edges(nodes, sides)
-    chains = [cuts for cuts in _classes(edges, nodes) if len(cuts) > 1]
+    chains = [cuts for cuts in _classes(edges) if len(cuts) > 1]
     return _Nesting(nodes, sides, chains, attaches).tree()
 
 
@@ -107,15 +107,12 @@ def _origins(nodes: Sequence[Node], sides: Mapping[Node, Node]) -> dict[tuple[No
     return origins
 
 
-def _classes(edges: Sequence[tuple[Vertex, Vertex]], nodes: Sequence[Node]) -> list[list[Node]]:
+def _classes(edges: Sequence[tuple[Vertex, Vertex]]) -> list[list[Node]]:
     """The cuts of every class of equivalent edges, in graph order."""
     classes: defaultdict[int, list[Node]] = defaultdict(list)
-    for (tail, head), label in zip(edges, _labels(edges), strict=True):
+    for ((cut, _), head), label in zip(edges, _labels(edges), strict=True):
         cuts = classes[label]
-        cut = tail[0] if tail[0] is not head[0] or head is _SINK else head[0]
-        if cut is None or (head is _SINK and tail[0] is not None):
-            continue
-        if not cuts or cuts[-1] is not cut:
+        if cut is not None and head is not _SINK and (not cuts or cuts[-1] is not cut):
             cuts.append(cut)
     return list(classes.values())
 

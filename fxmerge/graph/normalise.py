@@ -89,7 +89,7 @@ def _normalise_node(graph: GraphModule, node: Node, layers: Layers) -> None:
         _rename_later_reads(node)
     if call is None or "input" not in call.arguments:
         return
-    if _is_identity(node, call):
+    if _is_identity(call):
         bypass(node, call.arguments["input"])
     elif call.name in _RULES:
         _RULES[call.name](node, call)
@@ -163,7 +163,7 @@ def _rename_later_reads(node: Node) -> None:
             reader.replace_input_with(overwritten, node)
 
 
-def _is_identity(node: Node, call: Call) -> bool:
+def _is_identity(call: Call) -> bool:
     plain = call.name in ("clone", "alias", "contiguous") and not call.arguments.keys() - {"input"}
     return plain and isinstance(call.arguments["input"], Node)
 

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxmerge.graph.query import node_named
+from fxmerge.graph.query import attribute
 
 #: The names of the tensors that a replaced stretch reads, its entry first, and what it computes from them.
 Replacement: TypeAlias = tuple[tuple[str, ...], Callable[..., torch.Tensor]]
@@ -105,10 +105,7 @@ class Replay:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
-            value: Any = self.graph
-            for atom in str(node.target).split("."):
-                value = getattr(value, atom)
-            return value
+            return attribute(self.graph, str(node.target))
         return args[0]
 
 
@@ -118,7 +115,3 @@ class _Overlaid:
 
     def __getitem__(self, node: Node) -> Any:
         return self.above[node] if node in self.above else self.below[node]
-
-
-def has_node(graph: GraphModule, name: str) -> bool:
-    return node_named(graph, name) is not None

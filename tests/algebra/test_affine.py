@@ -270,34 +270,6 @@ class TestRegrouped:
         assert_same(run(again, image), run(a, image), dims)
 
 
-class TestResized:
-    @pytest.mark.parametrize("taps", [1, 2, 3, 4, 5])
-    @pytest.mark.parametrize("dilation", [1, 2])
-    def test_taps_outside_a_smaller_kernel_are_dropped(self, taps: int, dilation: int) -> None:
-        axis = Axis.convolution(5, 1, (2, 2), dilation)
-        a = random_affine(Geometry(4, 6, (axis, axis), 2, True))
-        small = a.resized(replace(a.geometry, axes=(axis.shrunk(taps), axis)))
-        kept = a.weight.clone()
-        first = (5 - taps + 1) // 2
-        kept[:, :, :first] = 0
-        kept[:, :, first + taps :] = 0
-        image, dims = image_for(a)
-        assert_same(run(small, image), run(replace(a, weight=kept), image), dims)
-
-    @pytest.mark.parametrize("groups", [1, 2, 4, 12])
-    def test_connections_between_groups_are_dropped(self, groups: int) -> None:
-        a = random_affine(Geometry(12, 24, (Axis.convolution(3, 1, (1, 1), 1),), 1, True))
-        small = a.resized(replace(a.geometry, groups=groups))
-        inside = torch.block_diag(*[torch.ones(24 // groups, 12 // groups, dtype=torch.float64)] * groups)
-        image, dims = image_for(a)
-        assert_same(run(small, image), run(replace(a, weight=a.weight * inside[:, :, None]), image), dims)
-
-    @given(chains(1))
-    def test_its_own_geometry_changes_nothing(self, maps: list[Affine]) -> None:
-        [a] = maps
-        torch.testing.assert_close(a.resized(a.geometry).weight, a.weight, rtol=0, atol=0)
-
-
 class TestEvaluate:
     def test_an_expression_with_skips_and_branches_is_one_map(self) -> None:
         axis = Axis.convolution(3, 1, (1, 1), 1)
