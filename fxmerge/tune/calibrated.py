@@ -76,7 +76,7 @@ def calibration_tune(
 
     Raises:
         PlanMismatchError: the student was not made from this graph.
-        CalibrationError: the images cannot be used, or are fewer than two.
+        CalibrationError: the images cannot be used together, or are fewer than two.
         InputError: an option out of range, or a model where a traced graph belongs.
     """
     require_graph("student", student)
@@ -84,7 +84,12 @@ def calibration_tune(
     _check(steps, batch_size, step_size, held_out, limit)
     tuned = copy.deepcopy(student).eval()
     parameters = [p for p in tuned.parameters() if p.is_floating_point() and p.numel()]
-    images = as_batches(batches, original, batch_size=limit, limit=limit)[0]
+    images, *others = as_batches(batches, original, batch_size=limit, limit=limit)
+    if others:
+        raise CalibrationError(
+            f"the images fall into {1 + len(others)} groups, for which an argument that is one for all images differs: trace the "
+            "original with one entry of it for every image, then all can be drawn from together"
+        )
     if images_in(images) < 2:
         raise CalibrationError("tuning needs two images at least: one to learn from, one to be judged by")
     if not steps or not parameters:

@@ -100,6 +100,21 @@ def test_the_model_in_place_of_its_graph_is_told() -> None:
         calibration_tune(made().fitted, torch.nn.Linear(1, 1), images(8))  # type: ignore[arg-type]
 
 
+def test_images_that_no_step_could_draw_together_are_told() -> None:
+    class Timed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + t
+
+    graph = fxmerge.trace(Timed().eval(), (images(4), torch.zeros(1)))
+    items = [(images(4), torch.full((1,), float(t))) for t in range(3)]
+    with pytest.raises(fxmerge.CalibrationError, match="fall into 3 groups, .* one entry of it for every image"):
+        calibration_tune(graph, graph, items)
+
+
 def test_one_image_is_too_few() -> None:
     with pytest.raises(fxmerge.CalibrationError, match="two images at least"):
         calibration_tune(made().fitted, made().graph, images(1))
