@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.algebra.affine import Affine
 from fxmerge.measure.divergence import divergence
+from fxmerge.measure.refit import with_weights
 from fxmerge.measure.shelf import Shelf
-from fxmerge.passes.adjust import layer_at
+from fxmerge.operators import Map, Site, default_operators
+from fxmerge.passes.adjust import adjust, layer_at
 from fxmerge.search import build_networks
 
 
@@ -89,6 +94,23 @@ def test_weights_are_scored_as_they_are_built(found) -> None:  # type: ignore[no
     for network in (student, merged):
         with torch.no_grad():
             assert float(divergence(findings.graph(data), network(data)).mean()) == pytest.approx(scored, rel=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_transposed_convolution_that_stays_is_built_as_it_was_fitted(stride: int, groups: int, norm: bool) -> None:
+    torch.manual_seed(0)
+    layers = (nn.ConvTranspose2d(6, 4, 4, stride, padding=1, groups=groups), nn.BatchNorm2d(4))
+    graph = fxmerge.trace(nn.Sequential(*layers[: 1 + norm]).eval(), (x := torch.randn(2, 6, 9, 8),))
+    verdict = default_operators().verdict(Site(graph, list(graph.graph.nodes)[1]))
+    assert isinstance(verdict, Map)
+    affine = Affine(replace(verdict.geometry, bias=True), torch.randn(4, 6 // groups, 4, 4).double(), torch.randn(4).double())
+    name = list(graph.graph.nodes)[-2].name
+    student = copy.deepcopy(graph)
+    adjust(student, {name: affine})
+    with torch.no_grad():
+        assert torch.allclose(student(x), with_weights(affine, x), atol=1e-5)
 
 
 def test_student_and_merged_network_are_equal_and_the_original_is_as_it_was(found) -> None:  # type: ignore[no-untyped-def]
