@@ -19,7 +19,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.errors import CalibrationError
 from fxmerge.graph.meta import facts
-from fxmerge.measure.calibration import images_in
+from fxmerge.measure.calibration import images_in, shared_out
 from fxmerge.measure.refit import Pair
 from fxmerge.measure.standins import ChannelSums
 from fxmerge.measure.substitution import Substitution
@@ -94,7 +94,7 @@ class Fitting(Substitution):
                         _require_finite(name, value)
                     positions = self.positions(equations[key].geometry, x, next(iter(targets.values())), generator)
                     sides = self._sides(members[0], original, len(x))
-                    equations[key].add(x, targets, positions, sides=sides, shares=shares)
+                    equations[key].add(x, targets, positions, sides=sides, shares=shared_out(shares, x, len(x)))
         return equations
 
     def positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -129,7 +129,7 @@ class Fitting(Substitution):
                 for candidate in moved:
                     names, compute = self._on_images(candidate, maps)
                     found = compute(self.image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
-                    sums[candidate.id].add(found, self.image(candidate.exit, original), shares)
+                    sums[candidate.id].add(found, self.image(candidate.exit, original), shared_out(shares, found, len(found)))
         return {c.part(c.moved): sums[c.id].solve() for c in moved}
 
     def refit(self, merge: Candidate, pairs: Sequence[Pair]) -> dict[str, Affine]:

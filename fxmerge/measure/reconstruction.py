@@ -43,7 +43,8 @@ class Reconstruction:
         rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
         least_rows: at least so many positions.
         divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
-        shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike.
+        shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike, as they
+            do, too, in fits of tensors whose first dimension is not that of the images.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
         coarse_images: of these, how many tell which candidates are worth measuring on all, where latencies are known.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.

@@ -147,6 +147,35 @@ def test_few_images_leave_layers_as_they_are_rather_than_make_them_worse(found) 
     assert refit < 1.1 * kept
 
 
+class Odd(nn.Module):
+    """Linear layers on one vector, on tokens before images, and on windows among the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+        self.all, self.tokens, self.more, self.last = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        x = self.third(x + self.all(x.mean((0, 2, 3)))[None, :, None, None]).relu()
+        tokens = self.more(self.tokens(x.flatten(2).permute(2, 0, 1)).relu())
+        windows = tokens.permute(1, 0, 2).reshape(-1, 8, 8)
+        return self.last(windows.mean(1)).reshape(-1, 72)
+
+
+@pytest.mark.parametrize("shares", [None, lambda batch: torch.arange(len(batch[0])).float()])
+def test_layers_on_tensors_whose_first_dimension_is_not_that_of_the_images(shares) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    findings = fxmerge.find_segments(fxmerge.trace(Odd().eval(), images(3)))
+    fitted = [c for p in fxmerge.propose(findings) for c in p.candidates if c.kind == "fitted"]
+    for candidate in fitted:
+        plan = fxmerge.Plan(findings.fingerprint, (candidate,))
+        scorer = fxmerge.Reconstruction(shares=shares)
+        weights, scored = scorer.fit_and_score(findings, plan, fxmerge.as_batches(images(30), findings.graph))
+        assert candidate.id in weights
+        assert scored < 1
+
+
 def test_what_does_not_fit_into_memory_is_fitted_from_files(found, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     findings, candidates = found
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
