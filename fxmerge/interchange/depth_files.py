@@ -86,10 +86,13 @@ def _times(path: str | os.PathLike[str]) -> dict[Stretch, Time]:
 def _fastest_pieces(given: Mapping[Stretch, Time]) -> dict[Stretch, Time]:
     """Stage 1: a stretch is its row, or a shorter stretch of the same start and a row behind it."""
     best: dict[Stretch, Time] = {}
+    starts: dict[int, list[int]] = {}
+    for st, end in sorted(given):
+        starts.setdefault(end, []).append(st)
     for st, end in sorted(given):
         ways = [given[st, end]]
-        for middle in range(st + 1, end):
-            if (st, middle) in best and (middle, end) in given:
+        for middle in starts[end]:  # a damaged file may name any place, so places are not counted through
+            if (st, middle) in best:
                 before, behind = best[st, middle], given[middle, end]
                 ways.append((before[0] + behind[0], (*before[1], end)))
         best[st, end] = min(ways, key=lambda way: way[0])  # of equal ones the one convolution
