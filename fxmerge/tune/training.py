@@ -70,14 +70,22 @@ def fine_tune(
         A trained copy, in eval mode, on the device of the student given. ``fxmerge.fuse`` merges it.
 
     Raises:
-        InputError: the loss is no longer finite (lower the learning rate), the data cannot be used, or accelerate is missing.
+        InputError: the loss is no longer finite (lower the learning rate), student, teacher, data or folder cannot be used, or
+            accelerate is missing.
         PlanError: the checkpoint is damaged, or of another network or recipe.
     """
     recipe = recipe or Recipe()
+    if not isinstance(student, GraphModule) or not isinstance(teacher, (nn.Module, type(None))):
+        found = f"{type(student).__name__} and {type(teacher).__name__}"
+        raise InputError(f"fine_tune takes a student, as linearize makes it, and a network or None as teacher; found {found}")
+    if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():
+        raise InputError(f"checkpoints must be a folder, and {os.fspath(checkpoints)} is a file")
     if teacher is student:
         raise InputError("the teacher is the student itself; give the original")
     if not recipe.epochs:
         return copy.deepcopy(student).eval()
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise InputError("no parameter of the student requires a gradient, so there is nothing to train")
     accelerator = accelerator or _accelerator()
     with random_numbers_put_back(accelerator.device), torch.inference_mode(False), torch.enable_grad():
         run = _Run(student, data, teacher, recipe, validation, accelerator, operators)
