@@ -39,8 +39,8 @@ def in_place_of(
         network was traced with one entry for each image (a time step). Methods that ask for the model's own layers fail.
 
     Raises:
-        InputError: the example does not fit the model's signature; when called, that the arguments are others than those
-            traced with, or that what was a constant for the graph has another value.
+        InputError: these are no modules, or the example does not fit the model's signature; when called, that the arguments
+            are others than those traced with, or that what was a constant for the graph has another value.
         TypeError: when called, as the model's own signature raises it.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -48,6 +48,10 @@ def in_place_of(
     >>> type(standing_in).__name__, standing_in(input=torch.zeros(2, 3, 8, 8)).shape
     ('Sequential', torch.Size([2, 4, 6, 6]))
     """
+    for found in (model, network):
+        if not isinstance(found, nn.Module):
+            what = found.__name__ if isinstance(found, type) else type(found).__name__
+            raise InputError(f"in_place_of takes the model and the merged network, two modules; found {what}")
     signature = inspect.signature(model.forward)
     arguments = as_arguments(example_inputs)
     kinds = {parameter.kind for parameter in signature.parameters.values()}

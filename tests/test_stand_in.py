@@ -120,6 +120,12 @@ def test_an_example_that_does_not_fit_is_refused(model: Timed) -> None:
         in_place_of(model, Network(model), X)
 
 
+@pytest.mark.parametrize("pair", [(Timed, nn.Identity()), (3, nn.Identity()), (None, nn.Identity()), (nn.Identity(), None)])
+def test_what_is_no_module_is_refused(pair: Any) -> None:
+    with pytest.raises(InputError, match="two modules; found"):
+        in_place_of(*pair, torch.zeros(1))
+
+
 def test_it_is_copied_pickled_and_moved_like_any_module(model: Timed) -> None:
     there = in_place_of(model, Network(model), (X, T))
     for twin in (copy.deepcopy(there), pickle.loads(pickle.dumps(there))):

@@ -136,13 +136,14 @@ def _weight(affine: Affine) -> Tensor:
     return turned(affine.weight, affine.geometry.groups) if affine.geometry.enlarges else affine.weight
 
 
-def weight_for(affine: Affine, *, like: Tensor) -> Tensor:
+def weight_for(affine: Affine, *, like: Tensor, transposed: bool) -> Tensor:
     """The weight of a torch module, convolution, transposed convolution or linear layer, that computes this map.
 
     Args:
         like: the module's weight now, whose shape, dtype, device and memory format it takes.
+        transposed: whether the module is a transposed convolution; those of stride 1 do not make the image larger.
     """
-    weight = _weight(affine).reshape(like.shape)
+    weight = (turned(affine.weight, affine.geometry.groups) if transposed else affine.weight).reshape(like.shape)
     return torch.empty_like(like, requires_grad=False).copy_(weight)
 
 

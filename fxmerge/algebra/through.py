@@ -40,19 +40,30 @@ class Rows:
     memory_bytes: int
     read: list[Tensor] = field(default_factory=list)
     wanted: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
     held: int = 0
 
-    def add(self, x: Tensor, y: Tensor, positions: Tensor | None) -> bool:
-        """Add a batch: inputs (N, C_in, *size), targets (N, C_out, *outputs); False, and nothing is held, where it is too much."""
+    def add(self, x: Tensor, y: Tensor, positions: Tensor | None, shares: Tensor | None = None) -> bool:
+        """Add a batch: inputs (N, C_in, *size), targets (N, C_out, *outputs); False, and nothing is held, where it is too much.
+
+        Args:
+            x, y: inputs and targets.
+            positions: (rows,) indices into the N * outputs positions, images first; None for all.
+            shares: (N,), how much each image counts; None for 1.
+        """
         z = patches(x, self.geometry, positions)
         flat = y.movedim(1, -1).flatten(0, -2)
         self.read.append(torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2))
         self.wanted.append(flat if positions is None else flat[positions])
+        each = x.new_ones(len(x)) if shares is None else shares.to(x)
+        every = each.repeat_interleave(len(flat) // len(x))
+        self.counts.append(every if positions is None else every[positions])
         self.held += self.read[-1].nbytes + 4 * self.wanted[-1].nbytes
         if 2 * self.held <= self.memory_bytes:  # they are joined once
             return True
         self.read.clear()
         self.wanted.clear()
+        self.counts.clear()
         return False
 
     def fitted(self, equations: NormalEquations, start: Affine, activation: Activation, *, ridge: float, rounds: int) -> Affine:
@@ -65,7 +76,7 @@ class Rows:
             ridge: as in :meth:`NormalEquations.solve`.
             rounds: at most so many.
         """
-        z, y = torch.cat(self.read, 1), torch.cat(self.wanted)
+        z, y, counts = torch.cat(self.read, 1), torch.cat(self.wanted), torch.cat(self.counts)[:, None]
         with torch.no_grad():
             reached = activation(y)
         factored = equations.factored(self.geometry, ridge=ridge)
@@ -73,12 +84,12 @@ class Rows:
         for _ in range(rounds + 1):
             value = self._value(now, z)
             seen, slope = _seen_and_slope(activation, value, y, reached)
-            found = float((seen - reached).double().square().sum())
+            found = float(((seen - reached).double().square() * counts).sum())
             if not found < loss * (1 - 1e-4):
                 break
             best, loss = now, found
             target = value - slope * (seen - reached)
-            now = factored.affine(self._products(z, target))
+            now = factored.affine(self._products(z, counts * target))
         return best
 
     def _value(self, affine: Affine, z: Tensor) -> Tensor:

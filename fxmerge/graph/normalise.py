@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -79,6 +80,7 @@ def normalise(graph: GraphModule) -> None:
 
 
 def _normalise_node(graph: GraphModule, node: Node, layers: Layers) -> None:
+    _operand_by_position(graph, node)
     if _bypass_identity(graph, node):
         return
     _module_to_function(graph, node)
@@ -113,6 +115,16 @@ def _one_output(node: Node) -> None:
             bypass(item, node)
 
 
+def _operand_by_position(graph: GraphModule, node: Node) -> None:
+    """Of a module of torch's; hooks see what is given by position, so a module with hooks is called as it was."""
+    module = module_of(graph, node)
+    if module is not None and not node.args and _is_torchs(module) and not has_hooks(module):
+        first = next(iter(inspect.signature(module.forward).parameters), None)
+        if first in node.kwargs:
+            operand, rest = node.kwargs[first], {key: value for key, value in node.kwargs.items() if key != first}
+            node.args, node.kwargs = (operand,), rest
+
+
 def _bypass_identity(graph: GraphModule, node: Node) -> bool:
     module, operand = module_of(graph, node), node.args[0] if node.args else None
     if type(module) is not nn.Identity or has_hooks(module) or operand is None:
@@ -129,7 +141,7 @@ def _module_to_function(graph: GraphModule, node: Node) -> None:
     if type(module) in _POOLS:
         settings = {k: getattr(module, k) for k in ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")}
         divisor = {"divisor_override": module.divisor_override} if getattr(module, "divisor_override", None) else {}
-        operand = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        operand = node.args[0]
         node.op, node.target = "call_function", _FUNCTIONS[_POOLS[type(module)]]
         node.args, node.kwargs = (operand,), {**settings, **divisor}
     elif getattr(module, "inplace", False) is True and _is_torchs(module) and call_of_module(graph, node) is None:

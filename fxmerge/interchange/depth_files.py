@@ -84,15 +84,17 @@ def _times(path: str | os.PathLike[str]) -> dict[Stretch, Time]:
 
 
 def _fastest_pieces(given: Mapping[Stretch, Time]) -> dict[Stretch, Time]:
-    """Stage 1: a stretch is its row, or a shorter stretch of the same start and a row behind it."""
+    """Stage 1: of every row, the fastest way from its start to its end over any rows."""
     best: dict[Stretch, Time] = {}
-    for st, end in sorted(given):
-        ways = [given[st, end]]
-        for middle in range(st + 1, end):
-            if (st, middle) in best and (middle, end) in given:
-                before, behind = best[st, middle], given[middle, end]
-                ways.append((before[0] + behind[0], (*before[1], end)))
-        best[st, end] = min(ways, key=lambda way: way[0])  # of equal ones the one convolution
+    ordered = sorted(given)
+    for start in sorted({st for st, _ in given}):
+        reached: dict[int, Time] = {start: (0, (start,))}
+        for st, end in ordered:  # all that end at a place come before those that start there
+            if st in reached:
+                time = reached[st][0] + given[st, end][0]
+                if end not in reached or time < reached[end][0]:  # of equal ones the one convolution, which comes first
+                    reached[end] = time, (*reached[st][1], end)
+        best.update({(start, end): time for end, time in reached.items() if (start, end) in given})
     return best
 
 

@@ -87,6 +87,13 @@ def picked(batch: Batch, graph: GraphModule, index: Tensor) -> Batch:
     )
 
 
+def shared_out(shares: Tensor | None, value: Tensor, rows: int) -> Tensor | None:
+    """How much each of the rows that a tensor becomes counts; all alike where its first dimension is not that of the images."""
+    if shares is None or not value.dim() or len(value) != len(shares):
+        return None
+    return shares.repeat_interleave(rows // len(shares))
+
+
 class _Columns:
     """What was gathered so far, one column for every argument that the network is given."""
 

@@ -19,7 +19,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.errors import CalibrationError
 from fxmerge.graph.meta import facts
-from fxmerge.measure.calibration import images_in
+from fxmerge.measure.calibration import images_in, shared_out
 from fxmerge.measure.refit import Pair
 from fxmerge.measure.standins import ChannelSums
 from fxmerge.measure.substitution import Substitution
@@ -93,8 +93,8 @@ class Fitting(Substitution):
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
                     positions = self.positions(equations[key].geometry, x, next(iter(targets.values())), generator)
-                    sides = self._sides(members[0], original, len(x))
-                    equations[key].add(x, targets, positions, sides=sides, shares=shares)
+                    sides = self._sides(members[0], student, len(x))
+                    equations[key].add(x, targets, positions, sides=sides, shares=shared_out(shares, x, len(x)))
         return equations
 
     def positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -106,7 +106,7 @@ class Fitting(Substitution):
         return torch.randperm(there, generator=generator)[:share].to(x.device)
 
     def _sides(self, candidate: Candidate, values: Mapping[Node, Any], images: int) -> Tensor | None:
-        """The numbers of a fitted candidate's side inputs, (images, numbers), as the original has them."""
+        """The numbers of a fitted candidate's side inputs, (images, numbers), as the network has them."""
         found = [values[self.replay.named[name]].flatten(1).expand(images, -1) for name in candidate.sides]
         return torch.cat(found, 1) if found else None
 
@@ -128,8 +128,8 @@ class Fitting(Substitution):
             with torch.inference_mode():
                 for candidate in moved:
                     names, compute = self._on_images(candidate, maps)
-                    found = compute(self.image(candidate.entry, student), *(original[self.replay.named[n]] for n in names[1:]))
-                    sums[candidate.id].add(found, self.image(candidate.exit, original), shares)
+                    found = compute(self.image(candidate.entry, student), *(student[self.replay.named[n]] for n in names[1:]))
+                    sums[candidate.id].add(found, self.image(candidate.exit, original), shared_out(shares, found, len(found)))
         return {c.part(c.moved): sums[c.id].solve() for c in moved}
 
     def refit(self, merge: Candidate, pairs: Sequence[Pair]) -> dict[str, Affine]:
@@ -156,9 +156,10 @@ class Fitting(Substitution):
         rows = Rows(merge.geometry, self.options.memory_bytes // 4)
         generator = torch.Generator().manual_seed(self.options.seed)
         with torch.inference_mode(False):
-            for original, student, _ in pairs:
+            for original, student, shares in pairs:
                 x, y = self.image(merge.entry, student).clone(), self.image(merge.exit, original).clone()
-                if not rows.add(x, y, self.positions(equations.geometry, x, y, generator)):
+                positions = self.positions(equations.geometry, x, y, generator)
+                if not rows.add(x, y, positions, shared_out(shares, x, len(x))):
                     return affine
 
             def activation(value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ of a group of entries, one for their normal equations and one for their scores; 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
+from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Proposal, Segment, narrowed
 from fxmerge.core.table import Importance, bounded
@@ -42,7 +44,8 @@ class Reconstruction:
         rows_per_unknown: positions sampled for every unknown of a filter; more than there are means all.
         least_rows: at least so many positions.
         divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
-        shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike.
+        shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike, as they
+            do, too, in fits of tensors whose first dimension is not that of the images.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
         coarse_images: of these, how many tell which candidates are worth measuring on all, where latencies are known.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
@@ -65,6 +68,13 @@ class Reconstruction:
     through: int = 10
     stay: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        wholes = {"rows_per_unknown": 1, "least_rows": 1, "score_images": 1, "coarse_images": 1, "memory_bytes": 1, "through": 0}
+        for name, least in wholes.items():
+            require_whole(name, getattr(self, name), least)
+        require_number("ridge", self.ridge, "a number from 0 on", lambda ridge: 0 <= ridge < math.inf)
+        require_number("hopeless", self.hopeless, "a positive number", lambda loss: loss > 0)
 
     @property
     def settings(self) -> str:

@@ -31,7 +31,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Segment
 from fxmerge.graph.query import has_sole_user, module_of
-from fxmerge.measure.calibration import Batch, images_in, in_parts
+from fxmerge.measure.calibration import Batch, images_in, in_parts, shared_out
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.measure.shelf import Shelf, Values
 from fxmerge.operators import Join, Map, Site
@@ -197,10 +197,8 @@ class Walk:
             for number, (original, student, shares) in enumerate(pairs):
                 x, y = _rows(prior.geometry, student[operand]), _rows(prior.geometry, self._wanted(node, added, original, student))
                 positions = self.work.positions(prior.geometry, x, y, generator)
-                if shares is not None:
-                    shares = shares.repeat_interleave(len(x) // len(shares))
                 equations = judge if number % _HELD_OUT == _HELD_OUT - 1 else learn
-                equations.add(x, {_TARGET: y}, positions, shares=shares)
+                equations.add(x, {_TARGET: y}, positions, shares=shared_out(shares, student[operand], len(x)))
         if not judge.rows or learn.rows < _LEAST_ROWS * unknowns(prior.geometry):
             return None
         return _better(learn, judge, prior)
@@ -263,7 +261,7 @@ def _with_bias(geometry: Geometry) -> Geometry:
 
 def _rows(geometry: Geometry, value: Tensor) -> Tensor:
     """Of a linear layer, every position an image."""
-    return value if geometry.axes else value.flatten(0, -2)
+    return value if geometry.axes else value.reshape(-1, value.shape[-1])
 
 
 def _better(learn: NormalEquations, judge: NormalEquations, prior: Affine) -> Affine | None:

@@ -21,7 +21,7 @@ from fxmerge.errors import CalibrationError, InputError
 from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import data_operands, node_named
-from fxmerge.measure.calibration import Batch, images_in, in_parts
+from fxmerge.measure.calibration import Batch, images_in, in_parts, shared_out
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.measure.standins import ChannelSums
 from fxmerge.operators import norm_behind, read_maps
@@ -114,7 +114,8 @@ class Substitution:
                 values = self.original(batch)
                 for name, total in sums.items():
                     operand = data_operands(self.replay.named[name])[0].name
-                    total.add(self.image(operand, values), self.image(name, values), self.shares(batch))
+                    x = self.image(operand, values)
+                    total.add(x, self.image(name, values), shared_out(self.shares(batch), x, len(x)))
         self.fixed.update({name: total.solve() for name, total in sums.items()})
 
     def replacement(self, segment: Segment, candidate: Candidate, maps: Mapping[str, Affine]) -> Replacement:

@@ -21,7 +21,8 @@ from fxmerge.algebra.module import weight_for
 from fxmerge.graph.edit import put_module, sharing_copy
 from fxmerge.graph.query import has_hooks, has_sole_user, kind_of, module_of, node_named, shared_modules
 
-_LAYERS = frozenset((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear))
+_TRANSPOSED = frozenset((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+_LAYERS = _TRANSPOSED | {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 _NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
@@ -81,7 +82,7 @@ def adjust(graph: GraphModule, weights: Mapping[str, Affine]) -> None:
         assert layer is not None, name
         old: Any = module_of(graph, layer.node)
         module: Any = sharing_copy(old)
-        module.weight = nn.Parameter(weight_for(affine, like=old.weight))
+        module.weight = nn.Parameter(weight_for(affine, like=old.weight, transposed=_kind(graph, layer.node) in _TRANSPOSED))
         bias = affine.bias.to(old.weight)
         if layer.norm is not None:
             if old.bias is not None:

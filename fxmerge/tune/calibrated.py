@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxmerge.core.options import require_number, require_whole
-from fxmerge.errors import CalibrationError
+from fxmerge.errors import CalibrationError, InputError
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, picked
 from fxmerge.measure.divergence import divergence
 from fxmerge.operators import Operators
@@ -82,28 +82,26 @@ def calibration_tune(
     require_graph("student", student)
     require_graph("original", original)
     _check(steps, batch_size, step_size, held_out, limit)
-    tuned = copy.deepcopy(student).eval()
-    parameters = [p for p in tuned.parameters() if p.is_floating_point() and p.numel()]
-    images, *others = as_batches(batches, original, batch_size=limit, limit=limit)
-    if others:
-        raise CalibrationError(
-            f"the images fall into {1 + len(others)} groups, for which an argument that is one for all images differs: trace the "
-            "original with one entry of it for every image, then all can be drawn from together"
-        )
-    if images_in(images) < 2:
-        raise CalibrationError("tuning needs two images at least: one to learn from, one to be judged by")
-    if not steps or not parameters:
-        return tuned
-    pair = _Pair.of(tuned, original, operators)
-    generator = torch.Generator().manual_seed(seed)
-    learn, judge = _split(images_in(images), held_out, generator)
-    judges = in_parts((picked(images, original, judge),), original, batch_size)
     with torch.inference_mode(False), torch.enable_grad():
+        tuned = copy.deepcopy(student).eval()
+        parameters = [p for p in tuned.parameters() if p.is_floating_point() and p.numel()]
+        images = as_batches(batches, original, batch_size=limit, limit=limit)
+        count = sum(map(images_in, images))
+        if count < 2:
+            raise CalibrationError("tuning needs two images at least: one to learn from, one to be judged by")
+        if not steps or not parameters:
+            return tuned
+        if not any(p.requires_grad for p in parameters):
+            raise InputError("no parameter of the student requires a gradient, so there is nothing to tune")
+        pair = _Pair.of(tuned, original, operators)
+        generator = torch.Generator().manual_seed(seed)
+        learn, judge = _split(count, held_out, generator)
+        judges = in_parts([picked(batch, original, index) for batch, index in _by_batch(images, judge)], original, batch_size)
         descent = _Descent(parameters, step_size)
         best = _Best(tuned, pair.judged(judges))
         started = best.loss
-        for step, index in enumerate(_orders(learn, batch_size, steps, generator)):
-            batch = picked(images, original, index)
+        for step, (whole, index) in enumerate(_orders(_by_batch(images, learn), batch_size, steps, generator)):
+            batch = picked(whole, original, index)
             descent.step(pair.loss(augment(batch, generator) if augment else batch), _pace(step, steps))
             if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
                 best.judge(pair.judged(judges), descent)
@@ -198,14 +196,29 @@ def _split(count: int, held_out: float, generator: torch.Generator) -> tuple[Ten
     return order[judges:], order[:judges]
 
 
-def _orders(images: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Numbers of the images of every step: epoch after epoch, each in a new order, incomplete batches left out."""
-    done, size = 0, min(batch_size, len(images))
+def _by_batch(batches: Sequence[Batch], numbers: Tensor) -> list[tuple[Batch, Tensor]]:
+    """Images by their numbers in all batches together, as numbers in each batch that holds some of them."""
+    found, first = [], 0
+    for batch in batches:
+        stop = first + images_in(batch)
+        found.append((batch, numbers[(numbers >= first) & (numbers < stop)] - first))
+        first = stop
+    return [(batch, index) for batch, index in found if len(index)]
+
+
+def _orders(
+    images: Sequence[tuple[Batch, Tensor]], batch_size: int, steps: int, generator: torch.Generator
+) -> Iterator[tuple[Batch, Tensor]]:
+    """A batch and numbers of its images for every step: epoch after epoch, each in a new order, incomplete steps left out."""
+    done = 0
     while done < steps:
-        order = images[torch.randperm(len(images), generator=generator)]
-        for index in order[: len(order) // size * size].split(size)[: steps - done]:
-            done += 1
-            yield index
+        turns = torch.randperm(len(images), generator=generator).tolist() if len(images) > 1 else [0]
+        for batch, numbers in (images[turn] for turn in turns):
+            size = min(batch_size, len(numbers))
+            order = numbers[torch.randperm(len(numbers), generator=generator)]
+            for index in order[: len(order) // size * size].split(size)[: steps - done]:
+                done += 1
+                yield batch, index
 
 
 def _pace(step: int, steps: int) -> float:

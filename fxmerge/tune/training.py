@@ -71,18 +71,22 @@ def fine_tune(
         A trained copy, in eval mode, on the device of the student given. ``fxmerge.fuse`` merges it.
 
     Raises:
-        InputError: the loss is no longer finite (lower the learning rate), the data cannot be used, accelerate is missing, or the
-            student is no graph.
+        InputError: the loss is no longer finite (lower the learning rate), student, teacher, data or folder cannot be used, or
+            accelerate is missing.
         PlanError: the checkpoint is damaged, or of another network or recipe.
     """
     recipe = recipe or Recipe()
     require_graph("student", student)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise InputError(f"the teacher must be a network or None, found {type(teacher).__name__}")
+    if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():
+        raise InputError(f"checkpoints must be a folder, and {os.fspath(checkpoints)} is a file")
     if teacher is student:
         raise InputError("the teacher is the student itself; give the original")
     if not recipe.epochs:
         return copy.deepcopy(student).eval()
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise InputError("no parameter of the student requires a gradient, so there is nothing to train")
     accelerator = accelerator or _accelerator()
     with random_numbers_put_back(accelerator.device), torch.inference_mode(False), torch.enable_grad():
         run = _Run(student, data, teacher, recipe, validation, accelerator, operators)

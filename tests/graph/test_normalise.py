@@ -271,5 +271,27 @@ def test_asserts_on_shapes_are_gone_with_what_only_they_read() -> None:
     assert calls(forward, a=conv(3, 4)) == ["a"]
 
 
+MODULES: dict[str, nn.Module] = {
+    "conv": nn.Conv2d(3, 3, 1),
+    "transposed": nn.ConvTranspose2d(3, 3, 1),
+    "linear": nn.Linear(12, 5),
+    "norm": nn.BatchNorm2d(3).eval(),
+    "group norm": nn.GroupNorm(1, 3),
+    "pool": nn.AvgPool2d(2),
+    "upsample": nn.Upsample(scale_factor=2),
+    "pad": nn.ZeroPad2d(1),
+    "relu": nn.ReLU(inplace=True),
+    "identity": nn.Identity(),
+    "dropout": nn.Dropout(),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_operand_of_a_module_may_be_given_by_its_name(name: str) -> None:
+    by_name = traced(lambda s, x: s.layer(input=s.first(x)), first=conv(3, 3), layer=MODULES[name])
+    by_place = traced(lambda s, x: s.layer(s.first(x)), first=conv(3, 3), layer=MODULES[name])
+    assert str(by_name.graph) == str(by_place.graph)
+
+
 def test_code_that_nobody_reads_is_gone() -> None:
     assert calls(lambda s, x: (s.a(x), s.b(x))[1], a=conv(3, 4), b=conv(3, 4)) == ["b"]

@@ -173,3 +173,17 @@ def test_positions_of_another_plan_are_refused(tmp_path: Path) -> None:
     plan = tables.solve().plan(1)
     with pytest.raises(InputError, match="'conv2 linear->conv3 composed .*' is no row of these tables; give a plan of their own"):
         other.positions(plan)
+
+
+def test_a_place_far_away_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "time.csv").write_text("st,end,time\n0,1,1\n1,2,1\n2,1000000000000,1\n")
+    (tmp_path / "importance.csv").write_text("st,end,st_act,end_act,imp\n0,1,1,1,0\n")
+    with pytest.raises(fxmerge.FxMergeError, match="no row of convolution 3 by itself"):
+        fxmerge.read_depth_tables(tmp_path / "time.csv", tmp_path / "importance.csv")
+
+
+def test_the_fastest_pieces_meet_wherever_there_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "time.csv").write_text("st,end,time\n0,1,1\n1,2,1\n2,3,1\n0,3,9\n")
+    (tmp_path / "importance.csv").write_text("st,end,st_act,end_act,imp\n0,3,1,1,0\n")
+    front = fxmerge.read_depth_tables(tmp_path / "time.csv", tmp_path / "importance.csv").solve()
+    assert [front.plan(index).latency_ns for index in range(len(front))] == [3_000_000]

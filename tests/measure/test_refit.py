@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.algebra.affine import Affine
 from fxmerge.measure.divergence import divergence
+from fxmerge.measure.refit import with_weights
 from fxmerge.measure.shelf import Shelf
-from fxmerge.passes.adjust import layer_at
+from fxmerge.operators import Map, Site, default_operators
+from fxmerge.passes.adjust import adjust, layer_at
 from fxmerge.search import build_networks
 
 
@@ -91,6 +96,23 @@ def test_weights_are_scored_as_they_are_built(found) -> None:  # type: ignore[no
             assert float(divergence(findings.graph(data), network(data)).mean()) == pytest.approx(scored, rel=1e-3)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_transposed_convolution_that_stays_is_built_as_it_was_fitted(stride: int, groups: int, norm: bool) -> None:
+    torch.manual_seed(0)
+    layers = (nn.ConvTranspose2d(6, 4, 4, stride, padding=1, groups=groups), nn.BatchNorm2d(4))
+    graph = fxmerge.trace(nn.Sequential(*layers[: 1 + norm]).eval(), (x := torch.randn(2, 6, 9, 8),))
+    verdict = default_operators().verdict(Site(graph, list(graph.graph.nodes)[1]))
+    assert isinstance(verdict, Map)
+    affine = Affine(replace(verdict.geometry, bias=True), torch.randn(4, 6 // groups, 4, 4).double(), torch.randn(4).double())
+    name = list(graph.graph.nodes)[-2].name
+    student = copy.deepcopy(graph)
+    adjust(student, {name: affine})
+    with torch.no_grad():
+        assert torch.allclose(student(x), with_weights(affine, x), atol=1e-5)
+
+
 def test_student_and_merged_network_are_equal_and_the_original_is_as_it_was(found) -> None:  # type: ignore[no-untyped-def]
     findings, candidates = found
     before = {name: value.clone() for name, value in findings.graph.state_dict().items()}
@@ -125,6 +147,35 @@ def test_few_images_leave_layers_as_they_are_rather_than_make_them_worse(found) 
     assert refit < 1.1 * kept
 
 
+class Odd(nn.Module):
+    """Linear layers on one vector, on tokens before images, and on windows among the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+        self.all, self.tokens, self.more, self.last = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        x = self.third(x + self.all(x.mean((0, 2, 3)))[None, :, None, None]).relu()
+        tokens = self.more(self.tokens(x.flatten(2).permute(2, 0, 1)).relu())
+        windows = tokens.permute(1, 0, 2).reshape(-1, 8, 8)
+        return self.last(windows.mean(1)).reshape(-1, 72)
+
+
+@pytest.mark.parametrize("shares", [None, lambda batch: torch.arange(len(batch[0])).float()])
+def test_layers_on_tensors_whose_first_dimension_is_not_that_of_the_images(shares) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    findings = fxmerge.find_segments(fxmerge.trace(Odd().eval(), images(3)))
+    fitted = [c for p in fxmerge.propose(findings) for c in p.candidates if c.kind == "fitted"]
+    for candidate in fitted:
+        plan = fxmerge.Plan(findings.fingerprint, (candidate,))
+        scorer = fxmerge.Reconstruction(shares=shares)
+        weights, scored = scorer.fit_and_score(findings, plan, fxmerge.as_batches(images(30), findings.graph))
+        assert candidate.id in weights
+        assert scored < 1
+
+
 def test_what_does_not_fit_into_memory_is_fitted_from_files(found, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     findings, candidates = found
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
@@ -144,3 +195,21 @@ def test_an_exact_merge_leaves_all_others_as_they_are() -> None:
     for candidate in exact:
         plan = fxmerge.Plan(findings.fingerprint, (candidate,))
         assert not {name for name in fxmerge.fit(findings, plan, images(50)) if layer_at(findings.graph, name) is not None}
+
+
+def test_images_that_all_count_twice_give_the_same_weights(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    plain = fxmerge.fit(findings, plan, images(100))
+    for share in (0.5, 2.0):
+        scorer = fxmerge.Reconstruction(shares=lambda batch, share=share: torch.full((len(batch[0]),), share))
+        shared = fxmerge.fit(findings, plan, images(100), scorer=scorer)
+        assert shared.keys() == plain.keys()
+        for name, affine in plain.items():
+            assert torch.allclose(affine.weight, shared[name].weight, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("options", [{"through": -1}, {"through": "a"}, {"ridge": -1.0}, {"memory_bytes": 0.5}, {"hopeless": None}])
+def test_options_out_of_range_are_told_by_name(options: dict[str, object]) -> None:
+    with pytest.raises(fxmerge.InputError, match=next(iter(options))):
+        fxmerge.Reconstruction(**options)  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -100,21 +102,57 @@ def test_the_model_in_place_of_its_graph_is_told() -> None:
         calibration_tune(made().fitted, torch.nn.Linear(1, 1), images(8))  # type: ignore[arg-type]
 
 
-def test_images_that_no_step_could_draw_together_are_told() -> None:
-    class Timed(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Conv2d(3, 3, 1)
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.layer(x) + t
-
-    graph = fxmerge.trace(Timed().eval(), (images(4), torch.zeros(1)))
-    items = [(images(4), torch.full((1,), float(t))) for t in range(3)]
-    with pytest.raises(fxmerge.CalibrationError, match="fall into 3 groups, .* one entry of it for every image"):
-        calibration_tune(graph, graph, items)
-
-
 def test_one_image_is_too_few() -> None:
     with pytest.raises(fxmerge.CalibrationError, match="two images at least"):
         calibration_tune(made().fitted, made().graph, images(1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"limit": 0}, {"limit": -3}, {"limit": 2.5}, {"step_size": "a"}, {"held_out": None}, {"batch_size": 1.5}]
+)
+def test_options_that_are_no_such_numbers_are_told(options: dict[str, Any]) -> None:
+    with pytest.raises(fxmerge.InputError, match=next(iter(options))):
+        calibration_tune(made().fitted, made().graph, images(8), **options)
+
+
+def test_what_cannot_be_tuned_is_told() -> None:
+    frozen = copy.deepcopy(made().fitted).requires_grad_(False)
+    with pytest.raises(fxmerge.InputError, match="requires a gradient"):
+        calibration_tune(frozen, made().graph, images(8))
+    with pytest.raises(fxmerge.InputError, match="original must be a GraphModule"):
+        calibration_tune(made().fitted, made().network, images(8))  # type: ignore[arg-type]
+
+
+def test_it_tunes_in_inference_mode() -> None:
+    with torch.inference_mode():
+        tuned = calibration_tune(disturbed(made().fitted), made().graph, images(8), steps=2)
+    assert all(not parameter.is_inference() for parameter in tuned.parameters())
+
+
+class Scaled(torch.nn.Module):
+    """Takes one number for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.two(self.one(x).relu()).relu() * factor
+        return found
+
+
+def test_items_of_different_numbers_for_all_their_images_are_all_seen() -> None:
+    graph = fxmerge.trace(Scaled().eval(), (images(4), torch.tensor(1.0)))
+    findings = fxmerge.find_segments(graph)
+    fitted = next(c for p in fxmerge.propose(findings) for c in p.candidates if c.kind == "fitted")
+    items = [(images(4, number), torch.tensor(float(number))) for number in range(5)]
+    plan = fxmerge.Plan(findings.fingerprint, (fitted,))
+    student = fxmerge.linearize(fxmerge.annotate(graph, plan), weights=fxmerge.fit(findings, plan, items))
+    seen: set[float] = set()
+
+    def noted(batch: Any, generator: torch.Generator) -> Any:
+        seen.add(float(batch[1]))
+        return batch
+
+    calibration_tune(student, graph, items, steps=10, augment=noted)
+    assert seen == {0.0, 1.0, 2.0, 3.0, 4.0}

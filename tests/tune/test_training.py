@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxmerge
+from fxmerge.errors import InputError
 from fxmerge.measure.divergence import divergence
 from fxmerge.testing import assert_equivalent, assert_untouched, snapshot
 from fxmerge.tune import Distillation, Epoch, Recipe, calibrate_norms, fine_tune
@@ -218,3 +220,16 @@ def test_a_run_that_is_finished_gives_its_result_again(tmp_path: Path) -> None:
     two = fine_tune(made().with_norms, batches, recipe=Recipe(epochs=1), checkpoints=tmp_path, report=told.append)
     assert_untouched(one, snapshot(two))
     assert told == []
+
+
+def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
+    student, data = made().fitted, [(images(8), torch.arange(8) % 5)]
+    with pytest.raises(InputError, match="requires a gradient"):
+        fine_tune(copy.deepcopy(student).requires_grad_(False), data)
+    with pytest.raises(InputError, match="found Sequential"):
+        fine_tune(made().network, data)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="and int"):
+        fine_tune(student, data, teacher=3)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        fine_tune(student, data, checkpoints=tmp_path / "file")
