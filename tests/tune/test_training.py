@@ -228,7 +228,7 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
         fine_tune(copy.deepcopy(student).requires_grad_(False), data)
     with pytest.raises(InputError, match="found Sequential"):
         fine_tune(made().network, data)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="and int"):
+    with pytest.raises(InputError, match="the teacher must be a network or None, found int"):
         fine_tune(student, data, teacher=3)  # type: ignore[arg-type]
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
