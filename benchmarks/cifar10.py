@@ -28,6 +28,7 @@ from torch.fx import GraphModule
 
 import fxmerge
 from benchmarks.networks import accuracy, cifar10, cifar_resnet
+from benchmarks.reports import deliver
 from benchmarks.stages import timed
 from fxmerge.core.segment import narrowed
 from fxmerge.search import Search, build_networks
@@ -52,10 +53,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="a folder to keep the two tables in, or to take them from")
     parser.add_argument("--out", type=Path, help="also write the report to this file")
     options = parser.parse_args()
-    report = run(options)
-    print(report)  # noqa: T201
-    if options.out:
-        options.out.write_text(report + "\n", encoding="utf-8")
+    deliver(run(options), options.out)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -193,7 +191,9 @@ def _kept(folder: Path | None, file: str, kind: Any, costs: dict[str, float], me
 def _title(options: argparse.Namespace) -> str:
     name, images = options.network, options.images
     asked = " ".join(map(str, options.speedups))
-    extra = f"{' --ablation' if options.ablation else ''}{' --ours' if options.ours else ''}"
+    extra = (
+        f"{' --ablation' if options.ablation else ''}{' --ours' if options.ours else ''}{' --tables DIR' if options.tables else ''}"
+    )
     command = f"python -m benchmarks.cifar10 --network {name} --images {images} --steps {options.steps} --speedups {asked}{extra}"
     return (
         f"# {name}, CIFAR-10 (JPEG), no training\n\n`{command}`, torch {torch.__version__}, Python {platform.python_version()}, "

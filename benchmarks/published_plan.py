@@ -22,6 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxmerge
+from benchmarks.reports import deliver
 from benchmarks.stages import timed
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.segment import narrowed
@@ -53,10 +54,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    report = run(options)
-    print(report)  # noqa: T201
-    if options.out:
-        options.out.write_text(report + "\n", encoding="utf-8")
+    deliver(run(options), options.out)
 
 
 def groups(count: int, ends: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import fxmerge
 from benchmarks.cluster import Watched, report
+from benchmarks.reports import deliver
 from benchmarks.stages import timed
 from fxmerge.core.segment import narrowed
 
@@ -58,10 +59,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture to draw the curves into (needs matplotlib)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    text = run(options)
-    print(text)  # noqa: T201
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    deliver(run(options), options.out)
 
 
 def run(options: argparse.Namespace) -> str:

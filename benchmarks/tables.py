@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import nn
 
 import fxmerge
+from benchmarks.reports import deliver
 from benchmarks.stages import timed
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.measure.progress import Bars
@@ -47,10 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     parts = [run(name, options) for name in options.network or NETWORKS]
-    report = "\n\n".join((_title(options), *parts))
-    print(report)  # noqa: T201
-    if options.out:
-        options.out.write_text(report + "\n", encoding="utf-8")
+    deliver("\n\n".join((_title(options), *parts)), options.out)
 
 
 def network(name: str) -> nn.Module:

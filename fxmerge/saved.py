@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from fxmerge.core.files import replacing
 from fxmerge.core.plan import Plan
+from fxmerge.core.tensors import apart
 from fxmerge.errors import PlanError, PlanMismatchError
 from fxmerge.graph.meta import origin
 from fxmerge.graph.trace import as_arguments, check_finite, trace
@@ -63,7 +64,7 @@ def save_student(
     check_finite(student)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _apart(tensor) for name, tensor in _held(student).items()}
+    tensors = {name: apart(tensor) for name, tensor in _held(student).items()}
     about = json.dumps(
         {
             "format": FORMAT,
@@ -112,11 +113,6 @@ def _check_made_with(student: GraphModule, plan: Plan) -> None:
 def _held(student: GraphModule) -> dict[str, Tensor]:
     """Every parameter and buffer, those included that a state dict leaves out, under every name it has."""
     return {**dict(student.named_parameters(remove_duplicate=False)), **dict(student.named_buffers(remove_duplicate=False))}
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own: safetensors takes no views."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:

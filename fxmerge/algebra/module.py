@@ -22,6 +22,9 @@ from fxmerge.core.geometry import Axis, Geometry, in_pad_order
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+#: Torch's layers that a map can be written into; of these, those whose weight is turned round.
+TRANSPOSED: tuple[type[nn.Module], ...] = tuple(_TRANSPOSED.values())
+LAYERS = frozenset((*_CONVOLUTIONS.values(), *TRANSPOSED, nn.Linear))
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 

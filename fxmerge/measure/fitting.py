@@ -20,8 +20,8 @@ from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.errors import CalibrationError
 from fxmerge.graph.meta import facts
 from fxmerge.measure.calibration import images_in, shared_out
+from fxmerge.measure.channel_sums import ChannelSums
 from fxmerge.measure.refit import Pair
-from fxmerge.measure.standins import ChannelSums
 from fxmerge.measure.substitution import Substitution
 from fxmerge.operators import Activation, Site
 

@@ -148,20 +148,23 @@ class Reconstruction:
         Raises:
             PlanMismatchError: the plan was made for another graph, or with other limits.
         """
-        work = _Work(self, findings, batches)
-        with Shelf(self.memory_bytes) as shelf:
-            return Walk(work, plan, work.segments_of(plan), self.stay, self.seed, progress).run(shelf)
+        return _Work(self, findings, batches).fit(plan, progress)
 
     def fit_and_score(self, findings: Findings, plan: Plan, batches: Sequence[Batch]) -> tuple[dict[str, Affine], float]:
         """:meth:`fit`, and how far the output of the whole merged network then is from the original's."""
         work = _Work(self, findings, batches)
-        weights = self.fit(findings, plan, batches)
+        weights = work.fit(plan)
         return weights, work.loss_of(plan, weights)
 
 
 @dataclass
 class _Work(Fitting):
     """One run of the scorer over one network and one calibration set."""
+
+    def fit(self, plan: Plan, progress: Progress | None = None) -> dict[str, Affine]:
+        """Weights for a whole plan."""
+        with Shelf(self.options.memory_bytes) as shelf:
+            return Walk(self, plan, self.segments_of(plan), self.options.stay, self.options.seed, progress).run(shelf)
 
     def divergence(self, reference: Any, changed: Any, batch: Batch) -> float:
         """Summed over the images of a batch, each for what it counts."""

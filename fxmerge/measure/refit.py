@@ -14,8 +14,9 @@ Every node runs once for the original and once for the student; the values that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,7 +36,7 @@ from fxmerge.measure.calibration import Batch, images_in, in_parts, shared_out
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.measure.shelf import Shelf, Values
 from fxmerge.operators import Join, Map, Site
-from fxmerge.passes.adjust import layer_at
+from fxmerge.passes.adjust import layers_of
 
 #: The lambdas tried for layers that stay, relative to the mean of the Gram matrix's diagonal.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -106,6 +107,7 @@ class Walk:
         self.merges = {merge.exit: merge for merge in self.plan.merges}
         reads = {merge.exit: ((merge.entry, *self._sides(merge)), _unused) for merge in self.plan.merges}
         self.needed = replay.needed(None, reads)
+        self.layers = layers_of(self.work.findings.graph) if self.stay else {}
         self.last: dict[Node, int] = {}
         for index, node in enumerate(replay.nodes):
             for operand in (*node.all_input_nodes, *(replay.named[name] for name in reads.get(node.name, ((), None))[0])):
@@ -119,6 +121,12 @@ class Walk:
         work = self.work
         self.original = [Values(shelf) for _ in self.batches]
         self.student = [Values(shelf) for _ in self.batches]
+        self.inputs = [iter(batch) for batch in self.batches]
+        #: Every batch as both see it; what does not differ is held once.
+        self.pairs = [
+            Pair(original, _Over(student, original), work.shares(batch))
+            for original, student, batch in zip(self.original, self.student, self.batches, strict=True)
+        ]
         done = 0
         for index, node in enumerate(work.replay.nodes):
             if node is work.replay.output:
@@ -138,53 +146,43 @@ class Walk:
         return self.weights
 
     def _compute_original(self, node: Node) -> None:
-        place = None
-        if node.op == "placeholder":
-            place = [n for n in self.work.replay.nodes if n.op == "placeholder"].index(node)
-        for batch, values in zip(self.batches, self.original, strict=True):
-            if place is None:
-                values[node] = self.work.replay.run(node, values)
+        for inputs, values in zip(self.inputs, self.original, strict=True):
+            if node.op == "placeholder":
+                values[node] = next(inputs, node.args[0] if node.args else None)
             else:
-                values[node] = batch[place] if place < len(batch) else (node.args[0] if node.args else None)
+                values[node] = self.work.replay.run(node, values)
 
     def _drop(self, index: int) -> None:
         for values in (*self.original, *self.student):
             for node in [node for node in values if self.last.get(node, -1) <= index]:
                 values.drop(node)
 
-    def _pairs(self) -> list[Pair]:
-        """Every batch as both see it; what does not differ is held once."""
-        both = zip(self.original, self.student, self.batches, strict=True)
-        return [Pair(original, _Over(student, original), self.work.shares(batch)) for original, student, batch in both]
-
     def _merge(self, node: Node, merge: Candidate) -> None:
-        pairs = self._pairs()
         before = self.changed.intersection(self.work.replay.named[name] for name in (merge.entry, *self._sides(merge)))
         if merge.exact and not before:
             return
-        self.weights.update(self.work.refit(merge, pairs))
+        self.weights.update(self.work.refit(merge, self.pairs))
         replacement = self.work.replacement(self.segments[merge.id], merge, self.weights)
         self.changed.add(node)
         with torch.inference_mode():
-            for (_, student, _), values in zip(pairs, self.student, strict=True):
+            for (_, student, _), values in zip(self.pairs, self.student, strict=True):
                 values[node] = self.work.replay.computed(replacement, student)
 
     def _stay(self, node: Node) -> None:
         """A node that is computed from changed values; its weights, if it has any, are fitted to them."""
         self.changed.add(node)
-        affine = self._fitted(node) if self.stay else None
+        affine = self._fitted(node) if node.name in self.layers else None
         if affine is not None:
             self.weights[node.name] = affine
         with torch.inference_mode():
-            for (_, student, _), values in zip(self._pairs(), self.student, strict=True):
+            for (_, student, _), values in zip(self.pairs, self.student, strict=True):
                 values[node] = (
                     self.work.replay.run(node, student) if affine is None else with_weights(affine, student[node.args[0]])
                 )
 
     def _fitted(self, node: Node) -> Affine | None:
         """Weights for a layer that stays, if others than its own are better on the images held out."""
-        layer = layer_at(self.work.findings.graph, node.name)
-        prior = self._own(node) if layer is not None else None
+        prior = self._own(node)
         if prior is None:
             return None
         learn, judge = (NormalEquations.empty(prior.geometry, prior.weight.device) for _ in range(2))
@@ -192,9 +190,8 @@ class Walk:
         added = self._added_to(node)
         operand = node.args[0]
         assert isinstance(operand, Node)
-        pairs = self._pairs()
         with torch.inference_mode():
-            for number, (original, student, shares) in enumerate(pairs):
+            for number, (original, student, shares) in enumerate(self.pairs):
                 x, y = _rows(prior.geometry, student[operand]), _rows(prior.geometry, self._wanted(node, added, original, student))
                 positions = self.work.positions(prior.geometry, x, y, generator)
                 equations = judge if number % _HELD_OUT == _HELD_OUT - 1 else learn
@@ -215,7 +212,7 @@ class Walk:
         if operator is None or not isinstance(verdict, Map) or verdict.role != "convolution":
             return None
         affine = operator.affine(site)
-        return Affine(_with_bias(affine.geometry), affine.weight, affine.bias)
+        return replace(affine, geometry=replace(affine.geometry, bias=True))
 
     def _added_to(self, node: Node) -> Node | None:
         """The sum that a layer's output goes into and nowhere else, where the student's other operands are known."""
@@ -255,10 +252,6 @@ class _Over:
         return self.student[node] if node in self.student else self.original[node]
 
 
-def _with_bias(geometry: Geometry) -> Geometry:
-    return Geometry(geometry.in_channels, geometry.out_channels, geometry.axes, geometry.groups, True, geometry.even)
-
-
 def _rows(geometry: Geometry, value: Tensor) -> Tensor:
     """Of a linear layer, every position an image."""
     return value if geometry.axes else value.reshape(-1, value.shape[-1])
@@ -269,7 +262,7 @@ def _better(learn: NormalEquations, judge: NormalEquations, prior: Affine) -> Af
     found = [(judge.error(_TARGET, prior), 0.0)]
     for ridge in RIDGES:
         error = judge.error(_TARGET, learn.solve(_TARGET, prior.geometry, ridge=ridge, prior=prior))
-        if error == error:
+        if not math.isnan(error):
             found.append((error, ridge))
     _, ridge = min(found)
     return learn.plus(judge).solve(_TARGET, prior.geometry, ridge=ridge, prior=prior) if ridge else None

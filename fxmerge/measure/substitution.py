@@ -22,8 +22,8 @@ from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import data_operands, node_named
 from fxmerge.measure.calibration import Batch, images_in, in_parts, shared_out
+from fxmerge.measure.channel_sums import ChannelSums
 from fxmerge.measure.replay import Replacement, Replay
-from fxmerge.measure.standins import ChannelSums
 from fxmerge.operators import norm_behind, read_maps
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 

@@ -17,12 +17,10 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.algebra.module import weight_for
+from fxmerge.algebra.module import LAYERS, TRANSPOSED, weight_for
 from fxmerge.graph.edit import put_module, sharing_copy
-from fxmerge.graph.query import has_hooks, has_sole_user, kind_of, module_of, node_named, shared_modules
+from fxmerge.graph.query import has_hooks, has_sole_user, kind_of, module_of, shared_modules
 
-_TRANSPOSED = frozenset((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-_LAYERS = _TRANSPOSED | {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 _NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
@@ -39,30 +37,32 @@ class Layer:
     norm: Node | None = None
 
 
-def layer_at(graph: GraphModule, name: str) -> Layer | None:
-    """The layer whose output, its norm's if it has one, is the node of this name; None where there is no such layer.
+def layers_of(graph: GraphModule) -> dict[str, Layer]:
+    """The layers of a graph, by the name of the node whose output is theirs: a norm's as well as its convolution's own.
 
-    A layer that is called twice, is parametrized, or has hooks keeps its weights.
+    Those that are called twice, are parametrized, or have hooks keep their weights and are left out.
     """
-    node = node_named(graph, name)
-    if node is None or node.op != "call_module":
-        return None
-    norm = None
-    if _kind(graph, node) in _NORMS:
-        module: Any = module_of(graph, node)
-        operand = node.args[0]
-        fixed = not module.training and module.affine and module.track_running_stats
-        if not fixed or not isinstance(operand, Node) or not has_sole_user(operand):
-            return None
-        node, norm = operand, node
-    if _kind(graph, node) not in _LAYERS:
-        return None
     shared = shared_modules(graph)
-    for part in (node, norm) if norm is not None else (node,):
-        found = module_of(graph, part)
-        if found is None or str(part.target) in shared or has_hooks(found) or is_parametrized(found):
-            return None
-    return Layer(node, norm)
+    layers: dict[str, Layer] = {}
+    for node in graph.graph.nodes:
+        if not _is_free(graph, node, shared):
+            continue
+        if _kind(graph, node) in LAYERS:
+            layers[node.name] = Layer(node)
+        elif _kind(graph, node) in _NORMS:
+            module: Any = module_of(graph, node)
+            operand = node.args[0]
+            before = layers.get(operand.name) if isinstance(operand, Node) and has_sole_user(operand) else None
+            fixed = not module.training and module.affine and module.track_running_stats
+            if fixed and before is not None and before.norm is None:
+                layers[node.name] = Layer(before.node, node)
+    return layers
+
+
+def _is_free(graph: GraphModule, node: Node, shared: Collection[str]) -> bool:
+    """Whether a node calls a module that can be replaced by one of other weights."""
+    module = module_of(graph, node)
+    return module is not None and str(node.target) not in shared and not has_hooks(module) and not is_parametrized(module)
 
 
 def _kind(graph: GraphModule, node: Node) -> type[nn.Module] | None:
@@ -77,12 +77,12 @@ def adjust(graph: GraphModule, weights: Mapping[str, Affine]) -> None:
         graph: a copy made for this.
         weights: by name of the layer's last node, the map of convolution and norm together.
     """
+    layers = layers_of(graph)
     for name, affine in weights.items():
-        layer = layer_at(graph, name)
-        assert layer is not None, name
+        layer = layers[name]
         old: Any = module_of(graph, layer.node)
         module: Any = sharing_copy(old)
-        module.weight = nn.Parameter(weight_for(affine, like=old.weight, transposed=_kind(graph, layer.node) in _TRANSPOSED))
+        module.weight = nn.Parameter(weight_for(affine, like=old.weight, transposed=_kind(graph, layer.node) in TRANSPOSED))
         bias = affine.bias.to(old.weight)
         if layer.norm is not None:
             if old.bias is not None:
@@ -97,7 +97,7 @@ def give_biases(graph: GraphModule, names: Collection[str]) -> None:
     """Give layers without a bias one of zeros, where its name is among these; in place."""
     for node in graph.graph.nodes:
         module: Any = module_of(graph, node)
-        if f"{node.target}.bias" in names and _kind(graph, node) in _LAYERS and module.bias is None:
+        if f"{node.target}.bias" in names and _kind(graph, node) in LAYERS and module.bias is None:
             outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
             module.bias = nn.Parameter(module.weight.new_zeros(outputs))
 

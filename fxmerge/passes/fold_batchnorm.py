@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.module import LAYERS, TRANSPOSED
 from fxmerge.graph.edit import become_module, become_turned, copied, tidy
 from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import Facts, facts, record
@@ -24,9 +25,6 @@ from fxmerge.graph.query import has_sole_user, kind_of, module_of
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Map, Operators, Site, Verdict, default_operators
 from fxmerge.passes.base import Pass
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_KINDS = frozenset((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED))
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class FoldBatchNorm(Pass):
     def _takes(self, graph: GraphModule, node: Node, verdict: Verdict) -> bool:
         """Whether this is a convolution of torch's, transposed or not, that only one node reads and nothing else disturbs."""
         module = module_of(graph, node)
-        if module is None or kind_of(module) not in _KINDS or not has_sole_user(node) or node.name in self.keep:
+        if module is None or kind_of(module) not in LAYERS or not has_sole_user(node) or node.name in self.keep:
             return False
         return isinstance(verdict, Map) and not (module.training and is_parametrized(module))
 
@@ -109,7 +107,7 @@ def _scaled(module: Any, affine: Affine) -> nn.Module:
     """A convolution of the same settings whose output channels are scaled and shifted; weight (C_out, 1, ...), bias (C_out,)."""
     scale, shift = affine.weight.flatten().to(module.weight.device), affine.bias.to(module.weight.device)
     weight = module.weight.detach().double()
-    if isinstance(module, _TRANSPOSED):  # (C_in, C_out/groups, *kernel)
+    if kind_of(module) in TRANSPOSED:  # (C_in, C_out/groups, *kernel)
         blocks = weight.unflatten(0, (module.groups, -1))
         weight = (blocks * scale.view(module.groups, 1, -1, *(1,) * (weight.dim() - 2))).flatten(0, 1)
     else:

@@ -53,7 +53,7 @@ from fxmerge.operators import (
     read_expression,
     write_map,
 )
-from fxmerge.passes.adjust import adjust, layer_at
+from fxmerge.passes.adjust import adjust, layers_of
 from fxmerge.passes.annotate import merges, stretch
 from fxmerge.passes.base import Pass
 
@@ -93,7 +93,8 @@ class Linearize(Pass):
             else:
                 work.check_activations()
                 work.replace(self.weights, norm=self.norms)
-        adjust(student, {name: affine for name, affine in self.weights.items() if layer_at(graph, name) is not None})
+        stay = self.weights.keys() & layers_of(graph).keys()
+        adjust(student, {name: self.weights[name] for name in stay})
         tidy(student)
         return copy.deepcopy(student) if self.own else student
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxmerge.core.files import replacing
+from fxmerge.core.tensors import apart
 from fxmerge.errors import PlanError, PlanMismatchError
 
 FILE, FORMAT = "training.safetensors", 1
@@ -87,13 +88,9 @@ def write_checkpoint(
             else:
                 numbers[f"{index}/{key}"] = value
     notes = {"format": FORMAT, "position": asdict(position), "optimiser": numbers, **about}
-    apart = {name: _apart(tensor) for name, tensor in tensors.items()}
+    copies = {name: apart(tensor) for name, tensor in tensors.items()}
     with replacing(folder / FILE) as scratch:
-        save_file(apart, scratch, metadata={"about": json.dumps(notes)})
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        save_file(copies, scratch, metadata={"about": json.dumps(notes)})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import fxmerge
 from fxmerge.errors import InputError, TableError
 from fxmerge.interchange import read_depth_tables, read_published
+from tests.interchange.texts import edited
 
 # As their scripts write them; place 2 may lose its activation at the end of a row or at the start of one.
 TIMES = """id,st,end,time,stdev,breaks
@@ -109,13 +110,6 @@ def plans(n: int, ms: dict[tuple[int, int], float], worth: dict[tuple[int, int, 
         if place == n:
             yield ns, loss
         paths += [(e, b, ns + fastest[s, e], loss - w) for (s, e, a, b), w in worth.items() if (s, a) == (place, act)]
-
-
-def edited(text: str, line: int, old: str, new: str) -> str:
-    lines = text.splitlines()
-    assert old in lines[line - 1]
-    lines[line - 1] = lines[line - 1].replace(old, new, 1)
-    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize(

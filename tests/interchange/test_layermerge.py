@@ -10,6 +10,7 @@ import pytest
 
 from fxmerge.errors import TableError
 from fxmerge.interchange import read_published
+from tests.interchange.texts import edited
 
 TIMES = """id,st,end,ker,str,is_dw,time,stdev
 0,0,1,3,1,False,1.5,0.01
@@ -81,13 +82,6 @@ def test_a_random_table_is_solved_as_by_trying_every_path(tmp_path: Path) -> Non
         best = max(sum(score[r] for r in p) for p in done if sum(round(ms[r] * 1e6) for r in p) <= latency_ns)
         assert n - loss == pytest.approx(best, abs=1e-7)
     assert front.fastest_ns == min(sum(round(ms[r] * 1e6) for r in p) for p in done)
-
-
-def edited(text: str, line: int, old: str, new: str) -> str:
-    lines = text.splitlines()
-    assert old in lines[line - 1]
-    lines[line - 1] = lines[line - 1].replace(old, new, 1)
-    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fxmerge.measure.divergence import divergence
 from fxmerge.measure.refit import with_weights
 from fxmerge.measure.shelf import Shelf
 from fxmerge.operators import Map, Site, default_operators
-from fxmerge.passes.adjust import adjust, layer_at
+from fxmerge.passes.adjust import adjust, layers_of
 from fxmerge.search import build_networks
 
 
@@ -88,7 +88,7 @@ def test_weights_are_scored_as_they_are_built(found) -> None:  # type: ignore[no
     data = images(100)
     batches = fxmerge.as_batches(data, findings.graph)
     weights, scored = fxmerge.Reconstruction().fit_and_score(findings, plan, batches)
-    stayed = {name for name in weights if layer_at(findings.graph, name) is not None}
+    stayed = weights.keys() & layers_of(findings.graph).keys()
     assert stayed >= {"m1", "b2", "short"}
     student, merged = build_networks(findings, plan, weights)
     for network in (student, merged):
@@ -194,7 +194,7 @@ def test_an_exact_merge_leaves_all_others_as_they_are() -> None:
     assert exact
     for candidate in exact:
         plan = fxmerge.Plan(findings.fingerprint, (candidate,))
-        assert not {name for name in fxmerge.fit(findings, plan, images(50)) if layer_at(findings.graph, name) is not None}
+        assert not fxmerge.fit(findings, plan, images(50)).keys() & layers_of(findings.graph).keys()
 
 
 def test_images_that_all_count_twice_give_the_same_weights(found) -> None:  # type: ignore[no-untyped-def]

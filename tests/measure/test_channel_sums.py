@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxmerge.measure.standins import ChannelSums
+from fxmerge.measure.channel_sums import ChannelSums
 
 
 def pair(count: int = 6, dims: int = 2) -> tuple[Tensor, Tensor]:
