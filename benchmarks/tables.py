@@ -11,6 +11,7 @@ only costs: it scores all on all images as well, and compares the fronts.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import random
 import resource
@@ -26,11 +27,15 @@ import fxmerge
 from benchmarks.reports import deliver
 from benchmarks.stages import timed
 from fxmerge.core.plan import ParetoFront, Plan
+from fxmerge.measure.paging import KEPT
 from fxmerge.measure.progress import Bars
+from fxmerge.measure.timer import for_networks
 from fxmerge.search import Search
 from fxmerge.survey import Survey
 
 NETWORKS = ("resnet34", "mobilenet_v2", "unet")
+ROUNDS = 31
+"""Samples of a whole network when a prediction is judged."""
 
 
 def main() -> None:
@@ -86,7 +91,7 @@ def run(name: str, options: argparse.Namespace) -> str:
             importance = _importance(findings, useful, images, latency, store, options, bars, name)
         batches = fxmerge.as_batches(images[:1], graph)
         found = Survey(name, findings, useful, batches, latency, importance, (example,), target)
-        search = Search(found, 0.03)
+        search = Search(found, 0.03, for_networks(ROUNDS))
         with timed(seconds, "solve"):
             front = search.front
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -94,7 +99,7 @@ def run(name: str, options: argparse.Namespace) -> str:
         rows = [row for speedup in options.speedups for row in _predictions(search, speedup)]
         screening = _screening(found, images, options, bars) if options.screening else ""
     stages = tabulate([(stage, f"{s:.2f}") for stage, s in seconds.items()], ("stage", "seconds"), "github", disable_numparse=True)
-    heads = ("asked", "round", "predicted", "measured", "predicted / measured", "measured / asked", "merges")
+    heads = ("asked", "round", "predicted", "measured", "predicted / measured latency", "measured / asked latency", "merges")
     return "\n\n".join(filter(None, (text, stages, tabulate(rows, heads, "github", disable_numparse=True), screening)))
 
 
@@ -192,9 +197,10 @@ def _loss(plan: Plan, table: fxmerge.ImportanceTable) -> float:
 def _title(options: argparse.Namespace) -> str:
     networks = " ".join(f"--network {name}" for name in options.network or NETWORKS)
     flags = " --channels-last" * options.channels_last + " --latency-only" * options.latency_only
+    kept = KEPT + " " if all(os.environ.get(name) == value for name, value in (one.split("=") for one in KEPT.split())) else ""
     return (
-        f"# Tables: what they take, and what they predict\n\n`python -m benchmarks.tables {networks} --size {options.size} --batch "
-        f"{options.batch} --images {options.images} --backend {options.backend}{flags}`, torch {torch.__version__}, Python "
+        f"# Tables: what they take, and what they predict\n\n`{kept}python -m benchmarks.tables {networks} --size {options.size} "
+        f"--batch {options.batch} --images {options.images} --backend {options.backend}{flags}`, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {torch.get_num_threads()} threads, float32, random weights. Speed-ups are against the "
         "folded original, timed in turn."
     )

@@ -45,6 +45,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import InputError, MeasurementError
+from fxmerge.measure.paging import watched
 
 Run = Callable[..., object]
 Progress = Callable[[int, int], None]
@@ -228,7 +229,10 @@ class _Bench:
                 run, fresh = self._captured(run, sources)
         earlier = list(self.timer.log.earlier(index)) if self.timer.log is not None else []
         subject = _Subject(index, name, run, fresh, samples=earlier)
-        self._plan(subject, max(1, min(self._lap(subject) for _ in range(self.timer.warmup))), timed.thorough)
+        laps = [self._lap(subject) for _ in range(self.timer.warmup)]
+        if timed.thorough and not self.on_gpu:
+            laps.append(watched(lambda: self._lap(subject), type(timed.module).__name__))
+        self._plan(subject, max(1, min(laps)), timed.thorough)
         return subject
 
     def _plan(self, subject: _Subject, ns: int, thorough: bool) -> None:
