@@ -61,10 +61,15 @@ def rows(path: str | os.PathLike[str], columns: Sequence[str], advice: str = "")
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            heads = list(reader.fieldnames or ())
+            missing = [name for name in columns if name not in heads]
             if missing:
-                text = f"no such column; found {', '.join(reader.fieldnames or ()) or 'nothing'}{advice}"
+                text = f"no such column; found {', '.join(heads) or 'nothing'}{advice}"
                 raise TableError(f"{path}, line 1, column {missing[0]}: {text}", path=path, line=1, column=missing[0])
+            again = [name for name in columns if heads.count(name) > 1]
+            if again:
+                text = "there are two columns of this name"
+                raise TableError(f"{path}, line 1, column {again[0]}: {text}", path=path, line=1, column=again[0])
             for cells in reader:
                 line = reader.line_num
                 short = next((name for name in columns if cells[name] is None), None)

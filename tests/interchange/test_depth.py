@@ -116,6 +116,7 @@ def plans(n: int, ms: dict[tuple[int, int], float], worth: dict[tuple[int, int, 
     ("which", "line", "old", "new", "column", "message"),
     [
         ("time", 1, "time", "ms", "time", "no such column; found id, st, end, ms, stdev, breaks"),
+        ("time", 1, "stdev", "st", "st", "there are two columns of this name"),
         ("time", 3, "1.25", "-1", "time", "expected milliseconds"),
         ("time", 3, "0,2,", "2,2,", "end", "a stretch from 2 ends behind it, found 2"),
         ("time", 3, "0,2,", "0,1,", "st", "line 2 has the same st, end: .0, 1."),
