@@ -22,7 +22,8 @@ from fxmerge.budget import budget_ns
 from fxmerge.data import in_a_line, read_images
 from fxmerge.errors import FxMergeError, InputError
 from fxmerge.measure.progress import Bars
-from fxmerge.measure.store import Study, Trial, opened
+from fxmerge.measure.store import opened
+from fxmerge.measure.study import Study, Trial
 from fxmerge.survey import survey
 
 

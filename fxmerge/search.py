@@ -17,7 +17,7 @@ from fxmerge.core.table import Measurement
 from fxmerge.errors import BudgetError
 from fxmerge.measure.latency import baseline
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.store import Trial
+from fxmerge.measure.study import Trial
 from fxmerge.measure.timer import Progress, Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse

@@ -24,7 +24,8 @@ from fxmerge.measure.latency import measure_latency, worthwhile
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.measure.scoring import Scorer, score
-from fxmerge.measure.store import Store, Study
+from fxmerge.measure.store import Store
+from fxmerge.measure.study import Study
 from fxmerge.measure.timer import Timer
 from fxmerge.operators import Map, Operators
 from fxmerge.solve.objective import Objective

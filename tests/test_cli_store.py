@@ -17,7 +17,7 @@ import fxmerge
 from fxmerge.budget import budget_ns
 from fxmerge.cli import main
 from fxmerge.core.table import Measurement
-from fxmerge.measure.store import Trial
+from fxmerge.measure.study import Trial
 from fxmerge.survey import survey
 from tests.fakes import PriceTimer
 from tests.test_cli import SMALL, folder  # noqa: F401
@@ -122,7 +122,7 @@ def _rows(path: Path) -> int:
         return 0
     try:
         with fxmerge.Store(path, read_only=True) as store:
-            count: int = store._connection.execute("SELECT count(*) FROM sample").fetchone()[0]
-            return count + store._connection.execute("SELECT count(*) FROM latency").fetchone()[0]
+            count: int = store._file._connection.execute("SELECT count(*) FROM sample").fetchone()[0]
+            return count + store._file._connection.execute("SELECT count(*) FROM latency").fetchone()[0]
     except fxmerge.StoreError:
         return 0

@@ -27,7 +27,8 @@ from fxmerge.measure.digests import data_digest, network_digest
 from fxmerge.measure.executors import Executor, ExecutorName, as_executor
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.measure.screening import wanted
-from fxmerge.measure.store import Store, Subject, key_of
+from fxmerge.measure.store import Store, key_of
+from fxmerge.measure.study import Subject
 from fxmerge.solve.objective import Objective
 
 log = logging.getLogger(__name__)

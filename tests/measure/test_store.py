@@ -21,7 +21,8 @@ import fxmerge
 from fxmerge.core.region import Chain, Unit
 from fxmerge.core.table import Importance, Measurement, Target
 from fxmerge.errors import StoreError
-from fxmerge.measure.store import Store, Study, Subject, Trial, key_of, place_of
+from fxmerge.measure.store import Store, key_of, place_of
+from fxmerge.measure.study import Study, Subject, Trial
 from fxmerge.measure.timer import InterleavedTimer, Timed
 from tests.fakes import PriceTimer
 from tests.small import images, network
@@ -254,8 +255,8 @@ def test_a_study_gives_the_same_front_without_the_network(tmp_path: Path, found)
 def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path: Path) -> None:
     with Store(tmp_path / "tables.db") as store:
         store.add_importances(SUBJECT, {"first": Importance(0.5, 8, "s")})
-        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
-        store._connection.execute(f"PRAGMA max_page_count = {pages + 1}")
+        pages = store._file._connection.execute("PRAGMA page_count").fetchone()[0]
+        store._file._connection.execute(f"PRAGMA max_page_count = {pages + 1}")
         with pytest.raises(StoreError, match="disk is full. What was written before is safe"):
             store.add_importances(SUBJECT, {f"{number:060}": Importance(0.5, 8, "s") for number in range(1000)})
         assert set(store.importances(SUBJECT)) == {"first"}
@@ -309,7 +310,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such file"):
         Store(tmp_path / "missing", read_only=True)
     with Store(tmp_path / "later") as store:
-        store._connection.execute("PRAGMA user_version = 99")
+        store._file._connection.execute("PRAGMA user_version = 99")
     with pytest.raises(StoreError, match="of format 99"):
         Store(tmp_path / "later")
 
@@ -328,7 +329,7 @@ def test_a_read_only_store_is_not_written_to(tmp_path: Path) -> None:
 def test_a_damaged_study_is_told(tmp_path_factory: pytest.TempPathFactory, damage: str) -> None:
     path = tmp_path_factory.mktemp("store") / "tables.db"
     with Store(path) as store:
-        store._connection.execute("INSERT INTO study (digest, name, content, at) VALUES ('x', 'name', ?, 0)", (damage,))
+        store._file._connection.execute("INSERT INTO study (digest, name, content, at) VALUES ('x', 'name', ?, 0)", (damage,))
         with pytest.raises(StoreError, match="is damaged"):
             store.study()
 
@@ -384,7 +385,7 @@ def test_a_timer_without_a_log_is_given_a_few_at_a_time(tmp_path: Path, found) -
 
 
 def _put(store: Store, statement: str, *values: object) -> None:
-    store._connection.execute(statement, values)
+    store._file._connection.execute(statement, values)
 
 
 @pytest.mark.parametrize("found", [-5, "much", b"\x00", 2.5])
@@ -400,7 +401,7 @@ def test_a_latency_that_is_no_number_of_nanoseconds_is_told_with_its_row_and_not
         with pytest.raises(StoreError, match=message):
             store.latencies(place, TARGET, ["pool", "conv"])
         assert store.latencies(place, TARGET, ["pool"])["pool"].median_ns == 5
-        assert store._connection.execute("SELECT count(*) FROM latency").fetchone() == (2,)
+        assert store._file._connection.execute("SELECT count(*) FROM latency").fetchone() == (2,)
 
 
 @pytest.mark.parametrize(("column", "found"), [("spread_ns", -1), ("spread_ns", "x"), ("repeats", -1), ("repeats", 0.5)])
@@ -453,7 +454,7 @@ def test_a_whole_network_that_takes_no_time_is_told(tmp_path: Path, found) -> No
     findings, proposals = found
     with Store(tmp_path / "tables.db") as store:
         fxmerge.measure_latency(findings, proposals, images(4), timer=PriceTimer(), store=store)
-        store._connection.execute("UPDATE latency SET median_ns = 0 WHERE text LIKE 'whole: %'")
+        store._file._connection.execute("UPDATE latency SET median_ns = 0 WHERE text LIKE 'whole: %'")
         with pytest.raises(
             StoreError, match=r"tables\.db is damaged: table latency, the row of 'whole: .*: median_ns is 0, expected"
         ):
