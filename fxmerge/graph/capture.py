@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 from fxmerge.graph.edit import free_target, put_module
 from fxmerge.graph.guard import require_size, require_step
 from fxmerge.graph.names import qualified
+from fxmerge.graph.outputs import give_leaves, holds_dataclasses, restore
+from fxmerge.graph.regions import gather_autocast, inline_regions
 from fxmerge.graph.spelling import read_call
 
 log = logging.getLogger(__name__)
@@ -52,8 +54,18 @@ def symbolically(model: nn.Module, leaves: Collection[type[nn.Module]] = ()) -> 
     return GraphModule(tracer.root, graph, type(model).__name__)
 
 
-def by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
-    """By torch.export (strict=False): free in the batch, and in the image size where that can be had.
+def by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any], like: Any) -> GraphModule:
+    """By torch.export (strict=False), the model being a copy that may be changed; ``like`` is what it gives."""
+    if not holds_dataclasses(like):
+        return _by_export(model, arguments, keywords)
+    give_leaves(model)
+    graph = _by_export(model, arguments, keywords)
+    restore(graph, like)
+    return graph
+
+
+def _by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
+    """Free in the batch, and in the image size where that can be had.
 
     Image sizes are fixed first, which is quick and makes constants of paddings that the model computes from them. If the graph
     then fails at other sizes that the model accepts, it is captured again with sizes free, unless it pads by computed amounts
@@ -199,7 +211,7 @@ def of_program(program: ExportedProgram) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and not node.users:  # torch.export's guards, which ask for more than the network needs
             graph.graph.erase_node(node)
-    graph.recompile()
+    inline_regions(graph)
     return graph
 
 
@@ -211,7 +223,7 @@ def of_graph(graph: GraphModule, sources: Sequence[str], arguments: Sequence[Any
         sources: from :func:`input_sources`, of the same graph before it was copied.
         arguments: for all placeholders, in order.
     """
-    bound = GraphModule(graph, copy.deepcopy(graph.graph))
+    bound = gather_autocast(GraphModule(graph, copy.deepcopy(graph.graph)))
     holders = [node for node in bound.graph.nodes if node.op == "placeholder"]
     free = []
     for node, value, source in zip(holders, arguments, sources, strict=False):
@@ -223,7 +235,7 @@ def of_graph(graph: GraphModule, sources: Sequence[str], arguments: Sequence[Any
         if argument is not None:
             node.target = argument[1]
     free += arguments[len(holders) :]
-    bound.recompile()
+    inline_regions(bound)
     return bound, tuple(free)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -142,10 +143,24 @@ def like_of(graph: GraphModule, entry: Node, nodes: Sequence[Node]) -> torch.Ten
 def tidy(graph: GraphModule) -> GraphModule:
     """Remove dead code and modules that nothing calls, check the graph and recompile it; returns the same object."""
     graph.graph.eliminate_dead_code(is_impure)
-    graph.delete_all_unused_submodules()
+    _delete_unused_modules(graph)
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def _delete_unused_modules(graph: GraphModule) -> None:
+    """As torch.fx's own, which takes what is in a module that is an operand (the graph of a region) for unused."""
+    used = {str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")}
+    above = {part for target in used for part in _paths(target)}
+    for name, _ in list(graph.named_modules(remove_duplicate=False)):
+        if name and name not in above and used.isdisjoint(_paths(name)):
+            graph.delete_submodule(name)
+
+
+def _paths(target: str) -> Iterator[str]:
+    """A qualified name, and those of all that it lies in."""
+    return accumulate(target.split("."), "{}.{}".format)
 
 
 def shape_after(node: Node) -> tuple[int, ...]:
