@@ -10,8 +10,10 @@ import copy
 import inspect
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from fxmerge.graph.edit import free_target, put_module
 from fxmerge.graph.guard import require_size, require_step
 from fxmerge.graph.names import qualified
 from fxmerge.graph.outputs import give_leaves, holds_dataclasses, restore
+from fxmerge.graph.query import has_module
 from fxmerge.graph.regions import gather_autocast, inline_regions
 from fxmerge.graph.spelling import read_call
 
@@ -42,6 +45,11 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.leaves = leaves
         self.record_stack_traces = True
+
+    def _filter_traceback_frames(self, user_stack_summary: traceback.StackSummary) -> traceback.StackSummary:
+        """From the model's code on. What is torch's own is told apart later, without the modules that torch would import for it."""
+        inner = dropwhile(lambda frame: frame.name != "forward", user_stack_summary)
+        return traceback.StackSummary.from_list(list(inner))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.leaves or super().is_leaf_module(m, module_qualified_name)
@@ -258,7 +266,7 @@ def is_lifted(node: Node, value: Any) -> bool:
 def _bind(graph: GraphModule, node: Node, value: Tensor, path: str) -> None:
     wanted = qualified(path) if path else ""
     home, _, name = free_target(graph, wanted if "." in wanted else f"lifted.{wanted or node.name}").rpartition(".")
-    if not _has_module(graph, home):
+    if not has_module(graph, home):
         put_module(graph, home, nn.Module())
     owner = graph.get_submodule(home)
     if isinstance(value, nn.Parameter):
@@ -269,14 +277,6 @@ def _bind(graph: GraphModule, node: Node, value: Tensor, path: str) -> None:
         attribute = graph.graph.get_attr(f"{home}.{name}")
     node.replace_all_uses_with(attribute)
     graph.graph.erase_node(node)
-
-
-def _has_module(graph: GraphModule, target: str) -> bool:
-    try:
-        graph.get_submodule(target)
-    except AttributeError:
-        return False
-    return True
 
 
 def _attempts(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:

@@ -15,7 +15,7 @@ from torch.fx.node import Argument, map_arg
 
 from fxmerge.graph.layout import turn
 from fxmerge.graph.meta import facts, record
-from fxmerge.graph.query import is_impure
+from fxmerge.graph.query import has_module, is_impure
 
 
 def copied(graph: GraphModule) -> GraphModule:
@@ -38,14 +38,13 @@ def put_module(graph: GraphModule, target: str, module: nn.Module) -> None:
 
 def free_target(graph: GraphModule, wanted: str) -> str:
     """A qualified module name like the one wanted that is not taken, nor lies below a layer of the model."""
-    taken = {name for name, _ in graph.named_modules()}
     root, _, rest = wanted.partition(".")
     number = 0
     while rest and type(getattr(graph, root, None)) not in (nn.Module, type(None)):
         number += 1
         root = f"{wanted.partition('.')[0]}_{number}"
     wanted, number = f"{root}.{rest}" if rest else wanted, 0
-    while (name := f"{wanted}_{number}" if number else wanted) in taken:
+    while has_module(graph, name := f"{wanted}_{number}" if number else wanted):
         number += 1
     return name
 

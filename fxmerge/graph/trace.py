@@ -72,15 +72,14 @@ def trace(
     if not isinstance(model, nn.Module):
         raise TraceError(f"expected a torch.nn.Module to trace, found {type(model).__name__}: {model!r:.80}")
     check_finite(model)
-    twin = _copied(model).eval()
-    expected = _reference(twin, arguments, keywords)
+    twin, expected = _run_copy(model, arguments, keywords)
     if isinstance(twin, GraphModule):
         assert isinstance(model, GraphModule)
         graph, free = of_graph(twin, input_sources(model), arguments)
         return _finished(graph, "given", expected, free, keywords)
     captures = {
-        "symbolic_trace": lambda: symbolically(_copied(twin), leaves),
-        "export": lambda: by_export(_copied(twin), _fresh(arguments), keywords, expected),
+        "symbolic_trace": lambda: symbolically(twin, leaves),
+        "export": lambda: by_export(_run_copy(model, arguments, keywords)[0], _fresh(arguments), keywords, expected),
     }
     wanted = {name: capture for name, capture in captures.items() if front_end in ("any", name)}
     return _of_module(twin, wanted, expected, arguments, keywords)
@@ -223,6 +222,12 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as fault:
         raise TraceError(f"the model cannot be copied, so it cannot be traced without changing it: {fault}") from fault
+
+
+def _run_copy(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """A copy in eval mode that has run once, for what is built when it runs; and what it gave."""
+    twin = _copied(model).eval()
+    return twin, _reference(twin, arguments, keywords)
 
 
 def _reference(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
