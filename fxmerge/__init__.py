@@ -25,7 +25,7 @@ The rooms, in the order in which they may import each other (those on one level 
     compress, result              the story, its outcome
     saved, testing                students on disk; the proof      interchange     tables of others' format
     stand_in                      a merged network in its model's place
-    backend, cli, demo            the doors      data   images on disk, for the CLI
+    backend, cli, demo            the doors      data, quick_noise   images on disk, quick initialisation, for the CLI
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import sys
@@ -24,12 +25,14 @@ from fxmerge.errors import FxMergeError, InputError
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.store import opened
 from fxmerge.measure.study import Study, Trial
+from fxmerge.quick_noise import QuickNoise
 from fxmerge.survey import survey
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 refused with a message, 130 interrupted."""
     options = _parser().parse_args(argv)
+    gc.freeze()  # what was imported stays: collections need not walk over it each time
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         options.run(options)
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fxmerge: interrupted", file=sys.stderr)  # noqa: T201
         return 130
+    finally:
+        gc.unfreeze()
     return 0
 
 
@@ -52,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     inspect = verbs.add_parser("inspect", help="print nodes, segments, candidates and refusals of a model")
-    _model_options(inspect)
+    _model_options(inspect, batch=2)
     inspect.set_defaults(run=_inspect)
 
     compress = verbs.add_parser("compress", help="compress a model to a latency budget")
@@ -89,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, batch: int = 8) -> None:
     parser.add_argument("model", metavar="MODEL", help="package.module:factory, or torchvision:NAME")
     parser.add_argument("--weights", type=Path, help="a state dict (.safetensors, or .pt that holds tensors only)")
     parser.add_argument("--size", type=int, nargs="+", default=[224], help="image height and width (default 224)")
     parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8, help="batch size to measure for (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=batch, help="batch size to run it at (default %(default)s)")
 
 
 def _measuring_options(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +122,9 @@ def _store_options(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     _check_numbers(options)
-    graph = fxmerge.trace(_load_model(options), _example(options))
+    with QuickNoise():
+        model = _load_model(options)
+    graph = fxmerge.trace(model, _example(options))
     print(fxmerge.explain(fxmerge.find_segments(graph)))  # noqa: T201
 
 

@@ -57,11 +57,12 @@ def test_a_model_is_read_and_the_law_holds(name: str) -> None:
     assert len(row["errors"]) == PLANS
 
 
-def test_the_readme_has_the_table_of_the_recorded_run(tmp_path: Path) -> None:
+def test_the_readme_has_the_tables_of_the_recorded_run_and_of_all_reasons(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     text = (root / "README.md").read_text(encoding="utf-8")
     report = (root / "benchmarks" / "results" / "zoo.md").read_text(encoding="utf-8")
     assert readme.table(report) in text
+    assert readme.reasons() in text
     (tmp_path / "README.md").write_text(text)
     readme.put(tmp_path / "README.md", report.replace("| timm | 199 |", "| timm | 200 |"))
     assert (tmp_path / "README.md").read_text() == text.replace("| timm | 216 |", "| timm | 217 |")

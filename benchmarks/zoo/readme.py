@@ -1,4 +1,4 @@
-"""The README's table of what is read, made from the report of a run; a test holds the two together."""
+"""The README's tables: of what is read, from the report of a run, and of the reasons for refusals; tests hold them together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from fxmerge import Reason
+from fxmerge.core.segment import ADVICE
 
 #: Row of the README -> zoos of the report that it sums up.
 ROWS: Mapping[str, Sequence[str]] = {
@@ -22,12 +25,13 @@ ROWS: Mapping[str, Sequence[str]] = {
     "diffusers": ("diffusers",),
 }
 HEADS = ("zoo", "networks", "read", "student = merged network", "residual CNNs", "with a candidate over a whole block")
+REASON_HEADS = ("`Reason`", "why", "what would help")
 
 
 def table(report: str) -> str:
     """The table, from the totals that the report begins with."""
     totals = _totals(report)
-    lines: list[Sequence[object]] = [HEADS]
+    lines: list[Sequence[object]] = []
     for name, zoos in ROWS.items():
         sums: Counter[str] = Counter()
         for zoo in zoos:
@@ -36,17 +40,28 @@ def table(report: str) -> str:
         law = f"{sums['law held']} of {tested}" if tested else ""
         residual = [sums["residual CNNs"], sums["block spanned"]] if sums["traced"] else ["", ""]
         lines.append([name, sums["models"], sums["traced"], law, *residual])
-    head, *body = [f"| {' | '.join(map(str, line))} |".replace("  ", " ") for line in lines]
-    return "\n".join((head, "|---" * len(HEADS) + "|", *body))
+    return _markdown(HEADS, lines)
+
+
+def reasons() -> str:
+    """Every reason that a refusal may have, and what would help."""
+    return _markdown(REASON_HEADS, [(f"`{reason.name}`", reason.value, ADVICE[reason]) for reason in Reason])
 
 
 def put(readme: Path, report: str) -> None:
-    """Write the table in place of the one that is there."""
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(_TABLE.sub(lambda _: table(report), text, count=1), encoding="utf-8")
+    """Write the tables in place of those that are there."""
+    text = _found(HEADS).sub(lambda _: table(report), readme.read_text(encoding="utf-8"), count=1)
+    readme.write_text(_found(REASON_HEADS).sub(lambda _: reasons(), text, count=1), encoding="utf-8")
 
 
-_TABLE = re.compile(rf"\| {re.escape(HEADS[0])} \| {re.escape(HEADS[1])}[^\n]*(?:\n\|[^\n]*)*")
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    head, *body = [f"| {' | '.join(map(str, line))} |".replace("  ", " ") for line in (heads, *rows)]
+    return "\n".join((head, "|---" * len(heads) + "|", *body))
+
+
+def _found(heads: Sequence[str]) -> re.Pattern[str]:
+    """A table with this head."""
+    return re.compile(rf"\| {re.escape(heads[0])} \| {re.escape(heads[1])} [^\n]*(?:\n\|[^\n]*)*")
 
 
 def _totals(report: str) -> dict[str, Counter[str]]:

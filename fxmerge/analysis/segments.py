@@ -15,6 +15,7 @@ from fxmerge.core.segment import Reason, Refusal, Segment
 from fxmerge.graph.meta import facts
 from fxmerge.graph.portable import Portable, pack
 from fxmerge.graph.query import between, fed_by_inputs, fingerprint, is_data
+from fxmerge.graph.regions import layers_inside
 from fxmerge.graph.trace import require_shapes
 from fxmerge.operators import Activation, Join, Map, Norm, Opaque, Operators, Verdict, default_operators, read_expression
 
@@ -85,7 +86,7 @@ def find_segments(graph: GraphModule, *, operators: Operators | None = None, max
         for found in search.chain(chain):
             (segments if isinstance(found, Segment) else refusals).append(found)  # type: ignore[arg-type]
     covered = {name for segment in segments for name in segment.nodes}
-    refusals = [*_leftovers(verdicts, covered), *refusals]
+    refusals = [*_leftovers(graph, verdicts, covered), *refusals]
     return Findings(graph, region, tuple(segments), tuple(refusals), table, verdicts)
 
 
@@ -226,14 +227,16 @@ class _Search:
         return Refusal(node.name, reason, detail, advice, facts(node).target, facts(node).source)
 
 
-def _leftovers(verdicts: Mapping[Node, Verdict], covered: set[str]) -> Iterator[Refusal]:
-    """Opaque layers, and convolutions and activations that no segment holds."""
+def _leftovers(graph: GraphModule, verdicts: Mapping[Node, Verdict], covered: set[str]) -> Iterator[Refusal]:
+    """Opaque layers, what regions hold, and convolutions and activations that no segment holds."""
     for node, verdict in verdicts.items():
         known = facts(node)
         if node.name in covered or not is_data(node) or not node.op.startswith("call_"):
             continue
         if isinstance(verdict, Opaque):
             yield Refusal(node.name, verdict.reason, verdict.detail, verdict.advice, known.target, known.source)
+            for inner, name in layers_inside(graph, node):
+                yield Refusal(node.name, Reason.REGION, name, "", name, facts(inner).source)
         elif isinstance(verdict, (Activation, Norm)) or (isinstance(verdict, Map) and verdict.role == "convolution"):
             yield Refusal(node.name, Reason.SOLE, "no neighbour that is affine or an activation", "", known.target, known.source)
 

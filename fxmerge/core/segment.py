@@ -31,6 +31,7 @@ class Reason(str, Enum):
     UPSAMPLING = "the image becomes larger"
     HOOKED = "module with forward hooks"
     LAYOUT = "channels are the last dimension here, or not of all operands"
+    REGION = "within a region that runs by rules of its own"
 
 
 #: What would help, for each reason, where nothing better is known of the node.
@@ -49,6 +50,7 @@ ADVICE: Mapping[Reason, str] = {
     Reason.UPSAMPLING: "enlarge by whole factors, by nearest neighbours or transposed convolutions, not what was just made smaller",
     Reason.HOOKED: "remove the hooks before tracing",
     Reason.LAYOUT: "bring all operands to one layout, channels first or last, before it",
+    Reason.REGION: "cast the network and its inputs in place of autocast within it, or use autocast around the whole network",
 }
 
 

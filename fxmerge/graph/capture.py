@@ -10,8 +10,10 @@ import copy
 import inspect
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from torch.utils import _pytree as pytree
 from fxmerge.graph.edit import free_target, put_module
 from fxmerge.graph.guard import require_size, require_step
 from fxmerge.graph.names import qualified
+from fxmerge.graph.outputs import give_leaves, holds_dataclasses, restore
+from fxmerge.graph.query import has_module
+from fxmerge.graph.regions import gather_autocast, inline_regions
 from fxmerge.graph.spelling import read_call
 
 log = logging.getLogger(__name__)
@@ -41,6 +46,11 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
         self.record_stack_traces = True
 
+    def _filter_traceback_frames(self, user_stack_summary: traceback.StackSummary) -> traceback.StackSummary:
+        """From the model's code on. What is torch's own is told apart later, without the modules that torch would import for it."""
+        inner = dropwhile(lambda frame: frame.name != "forward", user_stack_summary)
+        return traceback.StackSummary.from_list(list(inner))
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
@@ -52,8 +62,18 @@ def symbolically(model: nn.Module, leaves: Collection[type[nn.Module]] = ()) -> 
     return GraphModule(tracer.root, graph, type(model).__name__)
 
 
-def by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
-    """By torch.export (strict=False): free in the batch, and in the image size where that can be had.
+def by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any], like: Any) -> GraphModule:
+    """By torch.export (strict=False), the model being a copy that may be changed; ``like`` is what it gives."""
+    if not holds_dataclasses(like):
+        return _by_export(model, arguments, keywords)
+    give_leaves(model)
+    graph = _by_export(model, arguments, keywords)
+    restore(graph, like)
+    return graph
+
+
+def _by_export(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
+    """Free in the batch, and in the image size where that can be had.
 
     Image sizes are fixed first, which is quick and makes constants of paddings that the model computes from them. If the graph
     then fails at other sizes that the model accepts, it is captured again with sizes free, unless it pads by computed amounts
@@ -199,7 +219,7 @@ def of_program(program: ExportedProgram) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and not node.users:  # torch.export's guards, which ask for more than the network needs
             graph.graph.erase_node(node)
-    graph.recompile()
+    inline_regions(graph)
     return graph
 
 
@@ -211,7 +231,7 @@ def of_graph(graph: GraphModule, sources: Sequence[str], arguments: Sequence[Any
         sources: from :func:`input_sources`, of the same graph before it was copied.
         arguments: for all placeholders, in order.
     """
-    bound = GraphModule(graph, copy.deepcopy(graph.graph))
+    bound = gather_autocast(GraphModule(graph, copy.deepcopy(graph.graph)))
     holders = [node for node in bound.graph.nodes if node.op == "placeholder"]
     free = []
     for node, value, source in zip(holders, arguments, sources, strict=False):
@@ -223,7 +243,7 @@ def of_graph(graph: GraphModule, sources: Sequence[str], arguments: Sequence[Any
         if argument is not None:
             node.target = argument[1]
     free += arguments[len(holders) :]
-    bound.recompile()
+    inline_regions(bound)
     return bound, tuple(free)
 
 
@@ -246,7 +266,7 @@ def is_lifted(node: Node, value: Any) -> bool:
 def _bind(graph: GraphModule, node: Node, value: Tensor, path: str) -> None:
     wanted = qualified(path) if path else ""
     home, _, name = free_target(graph, wanted if "." in wanted else f"lifted.{wanted or node.name}").rpartition(".")
-    if not _has_module(graph, home):
+    if not has_module(graph, home):
         put_module(graph, home, nn.Module())
     owner = graph.get_submodule(home)
     if isinstance(value, nn.Parameter):
@@ -257,14 +277,6 @@ def _bind(graph: GraphModule, node: Node, value: Tensor, path: str) -> None:
         attribute = graph.graph.get_attr(f"{home}.{name}")
     node.replace_all_uses_with(attribute)
     graph.graph.erase_node(node)
-
-
-def _has_module(graph: GraphModule, target: str) -> bool:
-    try:
-        graph.get_submodule(target)
-    except AttributeError:
-        return False
-    return True
 
 
 def _attempts(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:

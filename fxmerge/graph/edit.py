@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.fx.node import Argument, map_arg
 
 from fxmerge.graph.layout import turn
 from fxmerge.graph.meta import facts, record
-from fxmerge.graph.query import is_impure
+from fxmerge.graph.query import has_module, is_impure
 
 
 def copied(graph: GraphModule) -> GraphModule:
@@ -37,14 +38,13 @@ def put_module(graph: GraphModule, target: str, module: nn.Module) -> None:
 
 def free_target(graph: GraphModule, wanted: str) -> str:
     """A qualified module name like the one wanted that is not taken, nor lies below a layer of the model."""
-    taken = {name for name, _ in graph.named_modules()}
     root, _, rest = wanted.partition(".")
     number = 0
     while rest and type(getattr(graph, root, None)) not in (nn.Module, type(None)):
         number += 1
         root = f"{wanted.partition('.')[0]}_{number}"
     wanted, number = f"{root}.{rest}" if rest else wanted, 0
-    while (name := f"{wanted}_{number}" if number else wanted) in taken:
+    while has_module(graph, name := f"{wanted}_{number}" if number else wanted):
         number += 1
     return name
 
@@ -142,10 +142,24 @@ def like_of(graph: GraphModule, entry: Node, nodes: Sequence[Node]) -> torch.Ten
 def tidy(graph: GraphModule) -> GraphModule:
     """Remove dead code and modules that nothing calls, check the graph and recompile it; returns the same object."""
     graph.graph.eliminate_dead_code(is_impure)
-    graph.delete_all_unused_submodules()
+    _delete_unused_modules(graph)
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def _delete_unused_modules(graph: GraphModule) -> None:
+    """As torch.fx's own, which takes what is in a module that is an operand (the graph of a region) for unused."""
+    used = {str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")}
+    above = {part for target in used for part in _paths(target)}
+    for name, _ in list(graph.named_modules(remove_duplicate=False)):
+        if name and name not in above and used.isdisjoint(_paths(name)):
+            graph.delete_submodule(name)
+
+
+def _paths(target: str) -> Iterator[str]:
+    """A qualified name, and those of all that it lies in."""
+    return accumulate(target.split("."), "{}.{}".format)
 
 
 def shape_after(node: Node) -> tuple[int, ...]:

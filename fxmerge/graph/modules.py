@@ -262,3 +262,5 @@ _BUILDERS: Mapping[str, Builder] = {
     "alpha_dropout": _dropout(nn.AlphaDropout),
     "stochastic_depth": _stochastic_depth,
 }
+#: Operations that a convolution, a linear layer, a norm or an activation with weights is called by.
+LAYERS = frozenset(name for name in _BUILDERS if "drop" not in name and name != "stochastic_depth")

@@ -22,6 +22,15 @@ def module_of(graph: GraphModule, node: Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def has_module(graph: nn.Module, target: str) -> bool:
+    """Whether there is a module of this qualified name."""
+    try:
+        graph.get_submodule(target)
+    except AttributeError:
+        return False
+    return True
+
+
 def kind_of(module: nn.Module) -> type[nn.Module]:
     """The layer's own class; that of a parametrized one (weight norm) is made for it alone, below its own."""
     return type(module).__bases__[0] if is_parametrized(module) else type(module)

@@ -25,6 +25,7 @@ from fxmerge.graph.capture import by_export, input_sources, of_graph, of_program
 from fxmerge.graph.layout import mark_layouts
 from fxmerge.graph.meta import facts, record, set_front_end
 from fxmerge.graph.normalise import normalise
+from fxmerge.graph.regions import bodies
 from fxmerge.graph.spelling import name_of, read_call
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,14 @@ def trace(
     if not isinstance(model, nn.Module):
         raise TraceError(f"expected a torch.nn.Module to trace, found {type(model).__name__}: {model!r:.80}")
     check_finite(model)
-    twin = _copied(model).eval()
-    expected = _reference(twin, arguments, keywords)
+    twin, expected = _run_copy(model, arguments, keywords)
     if isinstance(twin, GraphModule):
         assert isinstance(model, GraphModule)
         graph, free = of_graph(twin, input_sources(model), arguments)
         return _finished(graph, "given", expected, free, keywords)
     captures = {
-        "symbolic_trace": lambda: symbolically(_copied(twin), leaves),
-        "export": lambda: by_export(_copied(twin), _fresh(arguments), keywords),
+        "symbolic_trace": lambda: symbolically(twin, leaves),
+        "export": lambda: by_export(_run_copy(model, arguments, keywords)[0], _fresh(arguments), keywords, expected),
     }
     wanted = {name: capture for name, capture in captures.items() if front_end in ("any", name)}
     return _of_module(twin, wanted, expected, arguments, keywords)
@@ -129,7 +129,8 @@ def _captured(model: nn.Module, capture: Callable[[], GraphModule]) -> GraphModu
 def _finished(graph: GraphModule, name: str, expected: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> GraphModule:
     """The captured graph in the dialect, with shapes, checked."""
     graph.eval()
-    _note_sources(graph)
+    for part in (graph, *bodies(graph)):
+        _note_sources(part)
     propagate_shapes(graph, arguments, keywords)
     normalise(graph)
     found = propagate_shapes(graph, arguments, keywords)
@@ -223,6 +224,12 @@ def _copied(model: nn.Module) -> nn.Module:
         raise TraceError(f"the model cannot be copied, so it cannot be traced without changing it: {fault}") from fault
 
 
+def _run_copy(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """A copy in eval mode that has run once, for what is built when it runs; and what it gave."""
+    twin = _copied(model).eval()
+    return twin, _reference(twin, arguments, keywords)
+
+
 def _reference(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
     try:
         with torch.no_grad():
@@ -273,6 +280,8 @@ def _check_same(expected: Any, found: Any) -> None:
     for a, b in zip(wanted, given, strict=True):
         if a.shape != b.shape:
             raise InputError(f"the traced graph gives shape {tuple(b.shape)} where the model gives {tuple(a.shape)}")
+        if a.dtype != b.dtype:
+            raise TraceError(f"the traced graph gives {b.dtype} where the model gives {a.dtype}")
         if not a.is_floating_point() or not a.numel():
             continue
         scale = float(a.abs().max())

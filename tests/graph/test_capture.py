@@ -195,7 +195,53 @@ PITFALLS: dict[str, tuple[Any, list[str]]] = {
     ),
     "a pad before": (lambda: Net(_pads_same, a=nn.Conv2d(3, 4, 3, 2), b=conv(4, 4)), None),
     "same": (lambda: Net(lambda s, x: s.b(F.relu(s.a(x))), a=nn.Conv2d(3, 4, 3, padding="same", dilation=2), b=conv(4, 4)), None),
+    "one output channel": (
+        lambda: Net(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 1), b=conv(1, 4)), ["x -> relu", "x -> b", "relu -> b"],
+    ),
+    "a norm without scale and shift": (
+        lambda: Net(lambda s, x: s.b(s.n(s.a(x))), a=conv(3, 4), n=nn.BatchNorm2d(4, affine=False), b=conv(4, 4)),
+        ["x -> n", "x -> b", "n -> b"],
+    ),
+    "a norm that is a function, with its activation": (
+        lambda: Net(lambda s, x: s.b(s.n(s.a(x))), a=conv(3, 4), n=_NormAct(4), b=conv(4, 4)),
+        ["x -> n_act", "x -> b", "n_act -> b"],
+    ),
+    "lazily built": (
+        lambda: _built(Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=nn.LazyConv2d(4, 3), n=nn.LazyBatchNorm2d(), b=conv(4, 4))),
+        ["x -> relu", "x -> b", "relu -> b"],
+    ),
+    "checks of sizes": (
+        lambda: Net(_checked, a=conv(3, 4), b=conv(4, 4)), ["x -> relu", "x -> b", "relu -> b"],
+    ),
 }  # fmt: skip
+
+
+class _NormAct(nn.BatchNorm2d):
+    """A norm of a class of its own that calls torch's function, then its activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.dim() == 4, "images")
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        out: Tensor = self.act(y)
+        return out
+
+
+def _built(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.eval()(images().float())
+    return model
+
+
+def _checked(s: Any, x: Tensor) -> Tensor:
+    torch._assert(x.shape[1] == 3, "three channels")
+    y = F.relu(s.a(x))
+    torch._assert(y.shape[0] == x.shape[0], "as many as before")
+    out: Tensor = s.b(y)
+    return out
 
 
 def _frozen() -> nn.Module:
