@@ -20,8 +20,9 @@ was interrupted goes on (training, too), and single rows can be run; the report 
 
 Regimes: `closed form` (or what else is had without a gradient step); `tuned`, by gradient steps on the same unlabelled images; and
 trained, from one of two students: `merged` already, or layer by `layers` (left out where no merge is composed: they are the same).
-All train on the same images, in the same order by seed, as long, with the same teacher. Speed-ups are measured end to end against the original with
-its norms folded, in turn, on this machine's CPU, and are met to 3 %. Accuracy is on the test images of the JPEG copy.
+All train on the same images, in the same order by seed, as long, with the same teacher. Speed-ups are measured end to end against
+the original with its norms folded, in turn, on this machine's CPU, and are met to 3 %. Accuracy is on the test images of the JPEG
+copy.
 
 Needs ../shared (or FXMERGE_DATA and FXMERGE_WEIGHTS). mobilenet_v2 (stem of stride 1), and ResNets without weights there, are
 trained first (benchmarks/pretraining.py), and kept in FXMERGE_CACHE.

@@ -7,6 +7,7 @@ students saved. A *row* is one accuracy: of a start as it is, tuned on the calib
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import time
@@ -319,9 +320,9 @@ class Contest:
     def trained(self, student: GraphModule, start: Start, method: str, regime: str, seed: int) -> GraphModule:
         run = start.folder / f"run-{regime}-{seed}"
         trained = fine_tune(
-            student,
+            copy.deepcopy(student).to(memory_format=torch.channels_last),
             Augmented(self.train_pixels, self.train_labels, self.options.batch),
-            teacher=self.graph,
+            teacher=copy.deepcopy(self.graph).to(memory_format=torch.channels_last),
             recipe=self.recipe(method, seed),
             checkpoints=run,
             report=say,

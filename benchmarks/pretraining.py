@@ -39,7 +39,7 @@ def trained_here(
     network = made(name)
     file = cache() / f"{name}-cifar10-jpeg-{epochs}-epochs-{len(labels)}-images.safetensors"
     if not file.exists():
-        graph = fxmerge.trace(network.eval(), torch.zeros(2, *pixels.shape[1:]))
+        graph = fxmerge.trace(network.eval(), torch.zeros(2, *pixels.shape[1:])).to(memory_format=torch.channels_last)
         numbers = recipe(epochs)
         run = file.with_suffix(".run")
         trained = fine_tune(graph, Augmented(pixels, labels, batch), recipe=numbers, checkpoints=run, report=report)
