@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--features", type=float, default=1.0, help="weight of the teacher's tensors at the cuts")
     how.add_argument("--scorer-steps", type=int, default=50, help="of layermerge's scorer")
     how.add_argument("--importance", choices=IMPORTANCES, default="taylor", help="of channels")
-    how.add_argument("--round-to", type=int, default=8, help="channels pruned: multiples of this stay")
+    how.add_argument(
+        "--round-to", type=int, nargs="+", default=[1, 4, 8], help="multiples of which channels stay; the best is taken"
+    )
     how.add_argument("--pretrain-epochs", type=int, default=30, help="of a network without weights")
     how.add_argument("--latency-batch", type=int, default=128)
     how.add_argument("--train-images", type=int, help="so many only")
