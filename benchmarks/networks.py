@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 #: Where `cifar10-jpeg.tar.xz`, unpacked, lies; and the state dicts.
@@ -24,29 +26,32 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.width = stride, width
+        self.stride, self.more = stride, width - width_in
+        self.shortcut: nn.Module | None = None  # a layer that does as the slice and the zeros do, where one is wanted
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        if self.stride != 1:
-            quarter = self.width // 4
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.stride != 1:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
         y += x
         return F.relu(y, inplace=True)
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR ResNet of depth 6n + 2."""
+    """The CIFAR ResNet of depth 6n + 2; ``width`` 1 is as published, 0.5 has half of all channels."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, width: float = 1.0) -> None:
         super().__init__()
         n = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(n)))
-        self.layer2 = nn.Sequential(*(Block(16 if i == 0 else 32, 32, 2 if i == 0 else 1) for i in range(n)))
-        self.layer3 = nn.Sequential(*(Block(32 if i == 0 else 64, 64, 2 if i == 0 else 1) for i in range(n)))
-        self.linear = nn.Linear(64, 10)
+        one, two, three = (max(1, round(width * channels)) for channels in (16, 32, 64))
+        self.conv1 = nn.Conv2d(3, one, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(one)
+        self.layer1 = nn.Sequential(*(Block(one, one, 1) for _ in range(n)))
+        self.layer2 = nn.Sequential(*(Block(one if i == 0 else two, two, 2 if i == 0 else 1) for i in range(n)))
+        self.layer3 = nn.Sequential(*(Block(two if i == 0 else three, three, 2 if i == 0 else 1) for i in range(n)))
+        self.linear = nn.Linear(three, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -54,22 +59,58 @@ class CifarResNet(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def cifar_resnet(name: str) -> CifarResNet:
-    """``resnet20`` or ``resnet56`` with the weights that lie beside the repository."""
-    network = CifarResNet(int(name.removeprefix("resnet")))
-    network.load_state_dict(torch.load(WEIGHTS / f"{name}_cifar10_jpeg.pt", weights_only=True))
+def made(name: str, width: float = 1.0) -> nn.Module:
+    """A network without weights: ``resnet`` and its depth, 6n + 2, or ``mobilenet_v2`` with a stem of stride 1.
+
+    Args:
+        name: of the architecture.
+        width: of all channels, as a fraction; mobilenet_v2 rounds to multiples of 8, as published.
+    """
+    if name == "mobilenet_v2":
+        network = torchvision.models.mobilenet_v2(num_classes=10, width_mult=width)
+        network.features[0][0].stride = (1, 1)
+        return network
+    if not re.fullmatch(r"resnet\d+", name) or (int(name[6:]) - 2) % 6:
+        raise ValueError(f"--network is {name}; give mobilenet_v2, or resnet and a depth of 6n + 2")
+    return CifarResNet(int(name.removeprefix("resnet")), width)
+
+
+def pretrained(name: str) -> nn.Module | None:
+    """The network with the weights that lie beside the repository, or none."""
+    path = WEIGHTS / f"{name}_cifar10_jpeg.pt"
+    if not path.exists():
+        return None
+    network = made(name)
+    network.load_state_dict(torch.load(path, weights_only=True))
     return network.eval()
 
 
+def cache() -> Path:
+    """The folder for what is made once: decoded images, weights trained by a benchmark."""
+    return Path(os.environ.get("FXMERGE_CACHE", Path.home() / ".cache" / "fxmerge"))
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes (N, 3, H, W) as the networks take them."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
 def cifar10(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32), normalised, and labels, of ``train`` or ``test``; decoded once, then kept as an array beside."""
-    cache = Path(os.environ.get("FXMERGE_CACHE", Path.home() / ".cache" / "fxmerge")) / f"cifar10-jpeg-{split}.pt"
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_decoded(split), cache)
-    pixels, labels = torch.load(cache, weights_only=True)
+    """Images (N, 3, 32, 32), normalised, and labels, of ``train`` or ``test``."""
+    images, labels = pixels(split)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return (pixels.float() / 255 - mean) / std, labels
+    return (images.float() / 255 - mean) / std, labels
+
+
+def pixels(split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32), bytes, and labels, of ``train`` or ``test``; decoded once, then kept as an array beside."""
+    file = cache() / f"cifar10-jpeg-{split}.pt"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_decoded(split), file)
+    images, labels = torch.load(file, weights_only=True)
+    return images, labels
 
 
 def _decoded(split: str) -> tuple[Tensor, Tensor]:
@@ -77,14 +118,14 @@ def _decoded(split: str) -> tuple[Tensor, Tensor]:
     import tempfile
 
     from torchvision.datasets import ImageFolder
-    from torchvision.io import decode_image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(DATA / "cifar10-jpeg.tar.xz") as archive:
             archive.extractall(folder, filter="data")
         root = next(path for path in Path(folder).rglob(split) if path.is_dir())
         files = ImageFolder(str(root))
-        return torch.stack([decode_image(path) for path, _ in files.samples]), torch.tensor(files.targets)
+        return torch.stack([pil_to_tensor(image) for image, _ in files]), torch.tensor(files.targets)
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch.fx import GraphModule
 
 from fxmerge.core.files import replacing
 from fxmerge.core.plan import Plan
-from fxmerge.core.tensors import apart
+from fxmerge.core.tensors import apart, checksum
 from fxmerge.errors import PlanError, PlanMismatchError
 from fxmerge.graph.meta import origin
 from fxmerge.graph.trace import as_arguments, check_finite, trace
@@ -74,7 +73,7 @@ def save_student(
         }
     )
     with replacing(folder / STUDENT) as scratch:
-        save_file(tensors, scratch, metadata={"about": about, "sha256": _digest(about, tensors)})
+        save_file(tensors, scratch, metadata={"about": about, "sha256": checksum(about, tensors)})
     plan.save(folder / PLAN)
     (folder / REPORT).write_text(report + "\n", encoding="utf-8")
 
@@ -115,14 +114,6 @@ def _held(student: GraphModule) -> dict[str, Tensor]:
     return {**dict(student.named_parameters(remove_duplicate=False)), **dict(student.named_buffers(remove_duplicate=False))}
 
 
-def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(about.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """The description and the weights in a file, as they were written."""
     try:
@@ -134,7 +125,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     except (OSError, SafetensorError) as fault:
         raise PlanError(f"{path} cannot be read, or is damaged: {fault}") from fault
     about = notes.get("about", "")
-    if notes.get("sha256") != _digest(about, tensors):
+    if notes.get("sha256") != checksum(about, tensors):
         raise PlanError(f"{path} is damaged, or was not written by fxmerge: it has not the checksum that it was saved with")
     return about, tensors
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxmerge.core.files import replacing
-from fxmerge.core.tensors import apart
+from fxmerge.core.tensors import apart, checksum
 from fxmerge.errors import PlanError, PlanMismatchError
 
-FILE, FORMAT = "training.safetensors", 1
+FILE, FORMAT = "training.safetensors", 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,9 @@ def write_checkpoint(
                 numbers[f"{index}/{key}"] = value
     notes = {"format": FORMAT, "position": asdict(position), "optimiser": numbers, **about}
     copies = {name: apart(tensor) for name, tensor in tensors.items()}
+    text = json.dumps(notes)
     with replacing(folder / FILE) as scratch:
-        save_file(copies, scratch, metadata={"about": json.dumps(notes)})
+        save_file(copies, scratch, metadata={"about": text, "sha256": checksum(text, copies)})
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ class Checkpoint:
         return any(name.startswith(f"{kind}/") for name in self.tensors)
 
     def fill_optimiser(self, optimiser: Optimizer) -> None:
-        """Give an optimiser made anew the state of the one that was saved."""
+        """Give an optimiser made anew the state of the one that was saved.
+
+        Raises:
+            PlanMismatchError: it is of other parameters.
+        """
         state: dict[int, dict[str, Any]] = {}
         for name, tensor in self.tensors.items():
             if name.startswith("optimiser/"):
@@ -128,7 +133,13 @@ class Checkpoint:
         for name, value in self.about["optimiser"].items():
             index, key = name.split("/")
             state.setdefault(int(index), {})[key] = value
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        groups = optimiser.state_dict()["param_groups"]
+        strange = state.keys() - {index for group in groups for index in group["params"]}
+        if strange:
+            raise PlanMismatchError(
+                f"{self.path} was written with another optimiser; give another folder, or remove it to start anew"
+            )
+        optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 
 def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
@@ -147,14 +158,22 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | N
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
+            notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        about = json.loads(notes["about"])
         if about["format"] != FORMAT:
-            raise PlanError(f"{path} is of format {about['format']!r}, this version reads {FORMAT}")
+            raise PlanError(
+                f"{path} is of format {about['format']!r:.40}, this version reads {FORMAT}: give another folder, or remove it"
+            )
+        if notes.get("sha256") != checksum(notes["about"], tensors):
+            raise ValueError("it has not the checksum that it was written with")
+        missing = {"optimiser", "random", "scaler"} - about.keys()
+        if missing:
+            raise ValueError(f"it does not say {min(missing)}")
         where = dict(about["position"])
         position = Position(**where | {"history": tuple(Epoch(**epoch) for epoch in where["history"])})
         saved = dict(about["settings"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as fault:
+    except (AttributeError, OSError, OverflowError, RecursionError, SafetensorError, KeyError, TypeError, ValueError) as fault:
         if isinstance(fault, PlanError):
             raise
         raise PlanError(f"{path} is damaged, or no checkpoint of fxmerge: {fault}. Remove it to start anew") from fault

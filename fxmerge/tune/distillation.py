@@ -24,8 +24,10 @@ from fxmerge.core.options import require_number
 from fxmerge.graph.meta import origin
 from fxmerge.graph.query import fingerprint
 from fxmerge.measure.divergence import divergence
+from fxmerge.measure.labelled import shapes
 from fxmerge.operators import Operators
 from fxmerge.tune.features import feature_loss, shared_cuts, with_features
+from fxmerge.tune.misfits import cannot_compare, cannot_take, require_mean, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +105,30 @@ class Lesson:
         return cls(with_features(student, cuts), told, distillation, loss)
 
     def loss_of(self, student: Callable[..., Any], inputs: tuple[Any, ...], labels: Any) -> Tensor:
-        """Of one batch; ``student`` is what :attr:`student` became by being prepared for the device."""
-        outputs, features = student(*inputs)
+        """Of one batch; ``student`` is what :attr:`student` became by being prepared for the device.
+
+        Raises:
+            InputError: inputs, labels, networks and loss do not fit each other.
+        """
+        with told(lambda: cannot_take("student", self.student, inputs)):
+            outputs, features = student(*inputs)
         if self.teacher is None:
-            return self.loss(outputs, labels)
-        with torch.no_grad():
+            return self._labelled(outputs, labels)
+        with torch.no_grad(), told(lambda: cannot_take("teacher", self.teacher, inputs)):
             wanted, targets = self.teacher(*inputs)
         share = self.distillation.share if labels is not None else 1.0
-        loss = share * self.distillation.outputs(outputs, wanted)
+        with told(lambda: f"outputs of the student, {shapes(outputs)}, and of the teacher, {shapes(wanted)}, cannot be compared"):
+            loss = share * self.distillation.outputs(outputs, wanted)
         if share < 1:
-            loss = loss + (1 - share) * self.loss(outputs, labels)
+            loss = loss + (1 - share) * self._labelled(outputs, labels)
         if features:
             loss = loss + self.distillation.features * feature_loss(features, targets)
         return loss
+
+    def _labelled(self, outputs: Any, labels: Any) -> Tensor:
+        with told(lambda: cannot_compare("loss", outputs, labels)):
+            loss = self.loss(outputs, labels)
+        return require_mean(loss)
 
 
 class _Bare(nn.Module):

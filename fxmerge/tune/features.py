@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
@@ -118,5 +119,6 @@ def feature_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    around = wanted - wanted.mean([axis for axis in range(wanted.dim()) if axis != 1], keepdim=True)
-    return (found - wanted).square().sum() / around.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
+    mean = wanted.mean([axis for axis in range(wanted.dim()) if axis != 1], keepdim=True)
+    size = F.mse_loss(mean.expand_as(wanted), wanted, reduction="sum")  # fused: no tensor is made of differences, or of squares
+    return F.mse_loss(found, wanted, reduction="sum") / size.clamp_min(torch.finfo(wanted.dtype).tiny)

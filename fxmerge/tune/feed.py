@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fxmerge.errors import InputError
+from fxmerge.measure.labelled import shapes
 from fxmerge.tune.randomness import drawn_apart
 
 #: A DataLoader; or batches that can be gone through again and again; or what gives the batches of an epoch, by its number from 0.
@@ -51,8 +52,8 @@ class Feed:
             share = drawn_apart(self._batches(number), seed + int(self.accelerator.process_index))
         else:
             share = self._share(drawn_apart(self._batches(number), seed))
-        for batch in itertools.islice(share, skip, None):
-            yield self._example(batch)
+        for index, batch in enumerate(itertools.islice(share, skip, None), skip):
+            yield self._example(batch, f"batch {index} of epoch {number + 1}")
 
     def whole(self) -> Iterator[Example]:
         """The batches that a network is judged on; where processes share them, none is left out."""
@@ -62,7 +63,8 @@ class Feed:
         else:
             here, count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
             batches = itertools.islice(self._batches(0), here, None, count)
-        yield from map(self._example, drawn_apart(batches, self.seed))
+        for index, batch in enumerate(drawn_apart(batches, self.seed)):
+            yield self._example(batch, f"batch {index}")
 
     def _start(self, number: int) -> None:
         self.data.set_epoch(number)
@@ -79,10 +81,11 @@ class Feed:
         while len(turn := list(itertools.islice(batches, count))) == count:
             yield turn[here]
 
-    def _example(self, batch: Any) -> Example:
+    def _example(self, batch: Any, where: str) -> Example:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise InputError(
-                f"data must give (inputs, labels) pairs, labels None where there are none; found {type(batch).__name__}"
+                f"data must give (inputs, labels) pairs, labels None where there are none; {where} is a {type(batch).__name__}, "
+                f"{shapes(batch)}"
             )
         from accelerate.utils import send_to_device
 

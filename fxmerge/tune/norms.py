@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.errors import InputError
+from fxmerge.measure.calibration import as_batches
+from fxmerge.tune.features import require_graph
 
 
-def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) -> None:
+def calibrate_norms(student: GraphModule, batches: Any) -> None:
     """Give all batch norms the statistics of what they see in the student, in place; the function in eval mode stays.
 
     Those behind fitted convolutions, and behind layers that were fitted again, have none so far; behind a merge, those of the
@@ -20,11 +21,14 @@ def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) ->
 
     Args:
         student: from ``linearize``; it is changed, its function in eval mode is not.
-        batches: calibration inputs, each a tuple of the network's arguments.
+        batches: what ``compress`` takes as calibration: a tensor (N, ...), or an iterable of inputs or (input, label) pairs.
 
     Raises:
-        InputError: a batch is no tuple.
+        InputError: a model where a student belongs.
+        CalibrationError: the images cannot be used; the student is as it was.
     """
+    require_graph("student", student)
+    data = as_batches(batches, student)
     norms = {
         name: module
         for name, module in student.named_modules()
@@ -44,10 +48,7 @@ def calibrate_norms(student: GraphModule, batches: Sequence[tuple[Any, ...]]) ->
     student.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                if not isinstance(batch, (tuple, list)):
-                    found = type(batch).__name__
-                    raise InputError(f"each batch must be a tuple of the network's arguments, such as (images,); found {found}")
+            for batch in data:
                 student(*batch)
     finally:
         for handle in handles:

@@ -14,11 +14,17 @@ from torch.optim import Optimizer
 
 from fxmerge.core.options import require_number, require_whole
 from fxmerge.measure.digests import function_name
+from fxmerge.measure.labelled import check_labels
 from fxmerge.tune.distillation import Distillation
 
 
 def top1(outputs: Tensor, labels: Tensor) -> Tensor:
-    """1 for every image (or pixel) of whose logits (N, classes, ...) the largest is its label (N, ...), else 0; (N, ...)."""
+    """1 for every image (or pixel) of whose logits (N, classes, ...) the largest is its label (N, ...), else 0; (N, ...).
+
+    Raises:
+        ValueError: labels of another shape, which would be compared each with each, or of classes that there are not.
+    """
+    check_labels(labels, outputs)
     return (outputs.argmax(1) == labels).float()
 
 

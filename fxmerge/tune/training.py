@@ -27,6 +27,7 @@ from fxmerge.tune.checkpoints import Checkpoint, Epoch, Position, held, read_che
 from fxmerge.tune.distillation import Lesson
 from fxmerge.tune.features import require_graph
 from fxmerge.tune.feed import Data, Feed
+from fxmerge.tune.misfits import cannot_compare, cannot_take, found_in, told
 from fxmerge.tune.randomness import random_numbers_put_back, random_state, seed_all, set_random_state
 from fxmerge.tune.recipe import Recipe
 
@@ -71,8 +72,8 @@ def fine_tune(
         A trained copy, in eval mode, on the device of the student given. ``fxmerge.fuse`` merges it.
 
     Raises:
-        InputError: the loss is no longer finite (lower the learning rate), student, teacher, data or folder cannot be used, or
-            accelerate is missing.
+        InputError: the loss is no longer finite (lower the learning rate), student, teacher, data, loss or folder cannot be used
+            or do not fit each other (says which batch, and what is wrong with it), or accelerate is missing.
         PlanError: the checkpoint is damaged, or of another network or recipe.
     """
     recipe = recipe or Recipe()
@@ -145,6 +146,7 @@ class _Run:
             "teacher": type(teacher).__name__,
             "steps": str(self.total),
             "processes": str(accelerator.num_processes),
+            "optimiser_class": type(optimiser).__name__,
         }
 
     def _averaged(self) -> AveragedModel | None:
@@ -176,7 +178,8 @@ class _Run:
         for inputs, labels in self.feed.epoch(epoch, skip=self.position.batch):
             if self.position.batch == self.steps:
                 break
-            losses = losses + self._step(inputs, labels)
+            with found_in(lambda: f"batch {self.position.batch} of epoch {epoch + 1} cannot be trained on"):
+                losses = losses + self._step(inputs, labels)
             count += 1
             self.position = self.position.next_step()
             every = self.recipe.checkpoint_steps
@@ -233,9 +236,9 @@ class _Run:
     def _metric(self, validation: Feed) -> float:
         network = self.judged.eval()
         sums = torch.zeros(2, dtype=torch.float64, device="cpu")
-        for inputs, labels in validation.whole():
-            with self.accelerator.autocast():
-                values = self.recipe.metric(network(*inputs), labels)
+        for number, (inputs, labels) in enumerate(validation.whole()):
+            with found_in(lambda: f"batch {number} of validation cannot be judged"), self.accelerator.autocast():  # noqa: B023
+                values = self._judged_batch(network, inputs, labels)
             if validation.prepared:
                 values = self.accelerator.gather_for_metrics(values)
             sums += torch.tensor([float(values.double().sum()), values.numel()], dtype=torch.float64)
@@ -245,6 +248,15 @@ class _Run:
         if not sums[1]:
             raise InputError("validation gives no batches")
         return float(sums[0] / sums[1])
+
+    def _judged_batch(self, network: nn.Module, inputs: tuple[Any, ...], labels: Any) -> Tensor:
+        with told(lambda: cannot_take("student", network, inputs)):
+            outputs = network(*inputs)
+        with told(lambda: cannot_compare("metric", outputs, labels)):
+            values = self.recipe.metric(outputs, labels)
+        if not isinstance(values, Tensor):
+            raise InputError(f"metric must give a tensor with a number for each image, found {type(values).__name__}")
+        return values
 
     def _write(self) -> None:
         if self.folder is None:

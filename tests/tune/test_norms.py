@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.testing import assert_untouched, snapshot
 from fxmerge.tune import calibrate_norms
 from tests.small import images, network
 
@@ -36,8 +39,35 @@ def test_train_mode_is_eval_mode_on_the_images_the_norms_have_seen(norms: bool) 
     assert float((train_mode - before).abs().max()) < 0.01 * scale
 
 
-def test_images_that_are_in_no_tuple_are_told() -> None:
-    with pytest.raises(
-        fxmerge.InputError, match=r"each batch must be a tuple of the network's arguments, such as \(images,\); found Tensor"
-    ):
-        calibrate_norms(fxmerge.trace(network(), images(4)), images(4))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda data: data,
+        lambda data: [data],
+        lambda data: [(data,)],
+        lambda data: [(data[:20], torch.zeros(20)), (data[20:], torch.zeros(44))],
+        lambda data: [(image, 0) for image in data],
+    ],
+    ids=["a tensor", "tensors", "tuples of inputs", "batches with labels", "single images with labels"],
+)
+def test_images_come_in_every_form_that_compress_takes(given: Callable[[Tensor], Any]) -> None:
+    data = images(64)
+    one, other = fxmerge.trace(network(), images(4)), fxmerge.trace(network(), images(4))
+    with torch.no_grad():
+        one.get_submodule("1").running_mean += 1.0
+        other.get_submodule("1").running_mean += 1.0
+    calibrate_norms(one, [(data,)])
+    calibrate_norms(other, given(data))
+    assert torch.equal(one.get_submodule("1").num_batches_tracked, other.get_submodule("1").num_batches_tracked)
+    for mine, its in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.allclose(mine.double(), its.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_cannot_be_used_leave_the_student_as_it_was() -> None:
+    student = fxmerge.trace(network(), images(4))
+    before = snapshot(student)
+    with pytest.raises(fxmerge.CalibrationError, match="calibration item 1 has shape .8, 1, 12, 12."):
+        calibrate_norms(student, [images(8), torch.zeros(8, 1, 12, 12)])
+    with pytest.raises(fxmerge.InputError, match="student must be a GraphModule, .*, found Sequential"):
+        calibrate_norms(network(), images(4))  # type: ignore[arg-type]
+    assert_untouched(student, before)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxmerge
+from fxmerge.core.tensors import checksum
 from fxmerge.errors import InputError
 from fxmerge.measure.divergence import divergence
 from fxmerge.testing import assert_equivalent, assert_untouched, snapshot
@@ -212,6 +217,55 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "training.safetensors").write_bytes(b"nothing")
     with pytest.raises(fxmerge.PlanError, match="is damaged, or no checkpoint"):
         fine_tune(made().fitted, batches, checkpoints=tmp_path)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None], *, honest: bool) -> None:
+    """Change what a checkpoint says; an honest one has the checksum of what it says now."""
+    with safe_open(path, framework="pt") as file:
+        notes = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = json.loads(notes["about"])
+    change(about, tensors)
+    notes["about"] = json.dumps(about)
+    save_file(tensors, path, metadata=notes | ({"sha256": checksum(notes["about"], tensors)} if honest else {}))
+
+
+def _a_weight(about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    next(tensor for name, tensor in tensors.items() if name.startswith("optimiser/")).view(-1)[0] += 1.0
+
+
+def test_every_damage_of_a_checkpoint_is_told(tmp_path: Path) -> None:
+    def train() -> None:
+        fine_tune(made().fitted, batches, recipe=Recipe(epochs=1), checkpoints=tmp_path)
+
+    train()
+    path = tmp_path / "training.safetensors"
+    whole = path.read_bytes()
+    for key in ("optimiser", "random", "scaler", "position", "settings", "format"):
+        rewritten(path, lambda about, tensors, key=key: about.pop(key), honest=True)  # type: ignore[misc]
+        with pytest.raises(fxmerge.PlanError, match=f"is damaged, or no checkpoint of fxmerge: .*{key}.*. Remove it to start anew"):
+            train()
+        path.write_bytes(whole)
+    for change in (_a_weight, lambda about, tensors: about["random"][0].pop("torch"), lambda about, tensors: about["random"].pop()):
+        rewritten(path, change, honest=False)
+        with pytest.raises(fxmerge.PlanError, match="it has not the checksum that it was written with. Remove it to start anew"):
+            train()
+        path.write_bytes(whole)
+    rewritten(path, lambda about, tensors: about.update(format=1), honest=True)
+    with pytest.raises(fxmerge.PlanError, match="is of format 1, this version reads 2"):
+        train()
+    path.write_bytes(whole)
+    train()
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
+    def train(kind: type[Optimizer]) -> None:
+        recipe = Recipe(epochs=1, optimiser=lambda parameters: kind(parameters, lr=0.01))  # type: ignore[call-arg]
+        fine_tune(made().fitted, batches, recipe=recipe, checkpoints=tmp_path)
+
+    train(torch.optim.Adam)
+    with pytest.raises(fxmerge.PlanMismatchError, match="was written with optimiser_class = Adam, now it is SGD"):
+        train(torch.optim.SGD)
 
 
 def test_a_run_that_is_finished_gives_its_result_again(tmp_path: Path) -> None:
