@@ -251,3 +251,24 @@ def test_a_merge_that_is_too_large_to_be_looked_at_twice_is_fitted_by_plain_leas
     for name, affine in plain.items():
         assert torch.allclose(affine.weight, tight[name].weight, rtol=1e-9, atol=1e-12)
         assert not torch.allclose(affine.weight, through[name].weight, rtol=1e-3)
+
+
+def test_a_rough_fit_is_judged_on_images_that_it_never_saw(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    data = images(90)
+    batches = fxmerge.as_batches(data, findings.graph, batch_size=32)
+    few = fxmerge.Reconstruction(least_rows=4096, rows_per_unknown=4)
+    weights = few.fit(findings, plan, fxmerge.as_batches(data[:60], findings.graph, batch_size=32))
+    unseen = few.work(findings, fxmerge.as_batches(data[60:], findings.graph)).loss_of(plan, weights)
+    assert fxmerge.Reconstruction().rough(findings, batches)(plan) == pytest.approx(unseen, rel=1e-3)
+
+
+@pytest.mark.parametrize("shares", [None, lambda batch: (batch[0][:, 0, 0, 0] == 77).float()])
+def test_a_rough_fit_does_with_what_there_is(found, shares) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    for count in (1, 2, 5):
+        data = images(count)
+        data[0, 0, 0, 0] = 77  # the only image that counts, where shares say so
+        assert fxmerge.Reconstruction(shares=shares).rough(findings, fxmerge.as_batches(data, findings.graph))(plan) > 0
