@@ -25,7 +25,7 @@ from fxmerge.measure.store import Store, opened
 from fxmerge.measure.timer import Timer
 from fxmerge.operators import Operators
 from fxmerge.result import Result
-from fxmerge.search import Search, build_networks
+from fxmerge.search import TRIALS, Search, build_networks
 from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey, own_random_numbers, survey
 from fxmerge.testing import assert_equivalent
@@ -50,6 +50,7 @@ def compress(
     operators: Operators | None = None,
     tolerance: float = 0.03,
     corrections: int = 4,
+    trials: int = TRIALS,
     progress: bool = False,
 ) -> Result:
     """Make a network faster by making it shallower.
@@ -74,6 +75,8 @@ def compress(
         operators: what is known of operators; None for the default table.
         tolerance: how far over the budget the measured latency may be, as a fraction of it.
         corrections: how often to measure, correct the budget and solve again.
+        trials: how many plans within the budget are fitted, on a part of the calibration data, before one is taken; 0 takes the one
+            that the tables say is best.
         progress: show bars on standard error.
 
     Returns:
@@ -90,7 +93,7 @@ def compress(
     if exact and (speedup, fraction, latency_ms) != (None, None, None):
         raise InputError("give exact=True, which takes whatever pays, or a budget; found both")
     asked = None if exact else asked_fraction(speedup, fraction, latency_ms)
-    _check_search(tolerance, corrections)
+    _check_search(tolerance, corrections, trials)
     # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
     with torch.inference_mode(False), opened(store) as kept, Bars(progress) as bars:
         found = survey(
@@ -115,7 +118,7 @@ def compress(
                 plan, measured = search.best_exact()
             else:
                 tried = search.within(asked, latency_ms, corrections, bars("budget"))
-                plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter_of(scorer), bars("fit"))
+                plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter_of(scorer), bars("fit"), trials)
             return build(found, search.front, plan, weights, measured)
 
 
@@ -141,6 +144,7 @@ def build(
     )
 
 
-def _check_search(tolerance: float, corrections: int) -> None:
+def _check_search(tolerance: float, corrections: int, trials: int) -> None:
     require_number("tolerance", tolerance, "a number from 0 on", lambda value: 0 <= value < math.inf)
     require_whole("corrections", corrections, 0)
+    require_whole("trials", trials, 0)

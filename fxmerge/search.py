@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from torch.fx import GraphModule
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import ParetoFront, Plan
-from fxmerge.core.table import Measurement
+from fxmerge.core.segment import Candidate
+from fxmerge.core.table import ImportanceTable, Measurement
 from fxmerge.errors import BudgetError
+from fxmerge.measure.belief import Belief
 from fxmerge.measure.latency import baseline
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.measure.study import Trial
@@ -22,10 +25,16 @@ from fxmerge.measure.timer import Progress, Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
+from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey
 
 log = logging.getLogger(__name__)
+
+#: Plans fitted on few images before one is chosen, and how many of the best are then fitted on all.
+TRIALS, _FINALS = 16, 3
+#: Tables drawn, at most, until one asks for a plan that was not tried; points of their fronts.
+_DRAWS, _POINTS = 16, 1024
 
 
 def build_networks(findings: Findings, plan: Plan, weights: Mapping[str, Affine]) -> tuple[GraphModule, GraphModule]:
@@ -118,32 +127,70 @@ class Search:
         latency_ms: float | None,
         scorer: Reconstruction,
         progress: Progress,
-        trials: int = 5,
+        trials: int = TRIALS,
     ) -> tuple[Plan, tuple[Measurement, Measurement], dict[str, Affine]]:
-        """Of the plans that should take as long as the one found, the one whose whole merged network is nearest to the original.
+        """Of the plans that should take as long as the one found, or less, the one whose whole merged network is nearest.
 
-        The sum of the candidates' losses does not see how their errors act together; here the plans near the budget are
-        fitted and scored whole. Each is measured again before it is taken.
+        The sum of the candidates' losses sees neither how their errors act together nor what the layers behind make up for. Here
+        plans are fitted whole: many on few images, the best of those on all. What was fitted tells which plan to try next
+        (:class:`fxmerge.measure.belief.Belief`). Each is measured again before it is taken.
+
+        Args:
+            found, fraction, latency_ms: what :meth:`within` gave, and was given.
+            scorer: what fits.
+            progress: called with (done, total) plans.
+            trials: plans fitted on few images; 0 takes the one found.
         """
         plan, measured = found
         asked = measured[0].median_ns * fraction if fraction is not None else (latency_ms or 0.0) * 1e6
         over = max(1, measured[1].median_ns) / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
-        high = self.front.index(max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over)))
-        low = self.front.index(max(self.front.fastest_ns, math.floor(asked * (1 - 1.5 * self.tolerance) / over)))
-        indices = {round(low + (high - low) * step / max(1, trials - 1)) for step in range(trials)}
-        near = [plan, *(p for i in sorted(indices) if (p := self.front.plan(i)).merges != plan.merges)]
+        most = max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over))
+        tried = self._tried(plan, most, scorer, trials, lambda done: progress(done, trials + _FINALS))
         scored = []
-        for number, one in enumerate(near):
+        for number, one in enumerate(tried[:_FINALS]):
             weights, loss = scorer.fit_and_score(self.found.findings, one, self.found.batches)
             scored.append((loss, number, one, weights))
-            progress(number + 1, len(near))
-        for loss, number, one, weights in sorted(scored, key=lambda entry: entry[:2]):
+            progress(trials + number + 1, trials + len(tried[:_FINALS]))
+        for loss, _, one, weights in sorted(scored, key=lambda entry: entry[:2]):
             log.info("plan of %.3f ms predicted: loss %.4g alone, %.4g together", (one.latency_ns or 0) / 1e6, one.loss, loss)
-            again = measured if number == 0 else self.measure(one)
+            again = measured if one.merges == plan.merges else self.measure(one)
             asked = again[0].median_ns * fraction if fraction is not None else asked
-            if number == 0 or again[1].median_ns <= asked * (1 + self.tolerance):
+            if one.merges == plan.merges or again[1].median_ns <= asked * (1 + self.tolerance):
                 return one, again, weights
-        raise AssertionError("the plan found is among those tried")
+        return plan, measured, scorer.fit(self.found.findings, plan, self.found.batches)
+
+    def _tried(self, plan: Plan, most_ns: int, scorer: Reconstruction, trials: int, progress: Callable[[int], None]) -> list[Plan]:
+        """Plans that take no longer than this, by how near to the original they are, fitted roughly; the nearest first."""
+        if plan.exact or not trials:
+            return [plan]
+        found = self.found
+        belief = Belief(found.candidates, found.importance)
+        loss_of = scorer.rough(found.findings, found.batches)
+        generator = np.random.default_rng(scorer.seed)
+        losses: dict[tuple[Candidate, ...], tuple[float, int, Plan]] = {}
+        pending: Plan | None = plan
+        while pending is not None and len(losses) < trials:
+            loss = loss_of(pending)
+            log.info("%.3f ms predicted, %d merges: %.4g fitted", (pending.latency_ns or 0) / 1e6, len(pending.merges), loss)
+            belief.observe(pending, loss)
+            losses[pending.merges] = loss, len(losses), pending
+            progress(len(losses))
+            tables = (belief.table(generator if draw else None) for draw in range(len(losses) % 2, _DRAWS))
+            plans = (self._picked(table, most_ns) for table in tables)
+            pending = next((one for one in plans if one.merges and one.merges not in losses), None)
+        return [one for _, _, one in sorted(losses.values(), key=lambda entry: entry[:2])]
+
+    def _picked(self, table: ImportanceTable, most_ns: int) -> Plan:
+        """The plan that a table of losses asks for; its loss is the one that the measured table gives it."""
+        front = self._front_of(self.found.candidates, table)
+        plan = front.plan(front.index(max(most_ns, front.fastest_ns)))
+        priced = self._front_of(plan.merges, self.found.importance).plan(0)  # each merge is faster than what it replaces
+        return priced if priced.merges == plan.merges else plan
+
+    def _front_of(self, candidates: Sequence[Candidate], table: ImportanceTable) -> ParetoFront:
+        found, findings = self.found, self.found.findings
+        tables = (findings.region, candidates, found.latency, table, findings.fingerprint)
+        return solve_tables(*tables, objective=self.objective, max_points=_POINTS)
 
     def _index(self, budget_ns: float) -> int:
         try:

@@ -312,6 +312,7 @@ def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, object], text
         ({"tolerance": -0.1}, "tolerance must be a number from 0 on, found -0.1"),
         ({"corrections": 1.5}, "corrections must be a whole number from 0 on, found 1.5"),
         ({"corrections": -1}, "corrections must be a whole number from 0 on, found -1"),
+        ({"trials": -1}, "trials must be a whole number from 0 on, found -1"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_before_any_work(option: dict[str, object], text: str) -> None:

@@ -119,19 +119,39 @@ class NormalEquations:
         flats = {name: y.movedim(1, -1).flatten(0, -2) for name, y in targets.items()}
         there = x.shape[0] * math.prod(self.geometry.outputs(x.shape[2:]))
         index = torch.arange(there, device=x.device) if positions is None else positions
-        for at in index.split(max(1, _CHUNK_BYTES // (8 * len(self.gram) * self.gram.shape[1]))):
+        for at in index.split(self._chunk):
             z = patches(x, self.geometry, at).double()
             images = torch.div(at, there // x.shape[0], rounding_mode="floor")
             if sides is not None:
                 z = torch.cat((z, sides.double()[images].expand(len(z), -1, -1)), 2)
             z = torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2)
-            weighted = z if shares is None else z * shares.double()[images].view(1, -1, 1)
-            self.gram += weighted.mT @ z
-            self.rows += z.shape[1]
-            for name, flat in flats.items():
-                grouped = flat[at].double().reshape(len(at), self.geometry.groups, -1).transpose(0, 1)
-                product = weighted.mT @ grouped
-                self.targets[name] = self.targets[name] + product if name in self.targets else product
+            self._add(z, {name: flat[at] for name, flat in flats.items()}, None if shares is None else shares[images])
+
+    def add_rows(self, z: Tensor, targets: dict[str, Tensor], counts: Tensor | None = None) -> None:
+        """Add what somebody else has read already.
+
+        Args:
+            z: (groups, rows, m + e + 1), the patches with a one behind each.
+            targets: for every name (rows, C_out).
+            counts: (rows,), how much each counts; None for 1.
+        """
+        for first in range(0, z.shape[1], self._chunk):
+            part = slice(first, first + self._chunk)
+            self._add(z[:, part].double(), {name: y[part] for name, y in targets.items()}, None if counts is None else counts[part])
+
+    @property
+    def _chunk(self) -> int:
+        """Rows that are worked on at once."""
+        return max(1, _CHUNK_BYTES // (8 * len(self.gram) * self.gram.shape[1]))
+
+    def _add(self, z: Tensor, targets: dict[str, Tensor], counts: Tensor | None) -> None:
+        weighted = z if counts is None else z * counts.double().view(1, -1, 1)
+        self.gram += weighted.mT @ z
+        self.rows += z.shape[1]
+        for name, y in targets.items():
+            grouped = y.double().reshape(len(y), self.geometry.groups, -1).transpose(0, 1)
+            product = weighted.mT @ grouped
+            self.targets[name] = self.targets[name] + product if name in self.targets else product
 
     def solve(self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None) -> Affine:
         """The best convolution of a geometry within the covering one, for one target.

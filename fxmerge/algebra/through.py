@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.algebra.affine import Affine
-from fxmerge.algebra.least_squares import NormalEquations, patches
+from fxmerge.algebra.least_squares import Factored, patches
 from fxmerge.core.geometry import Geometry
 
 Activation = Callable[[Tensor], Tensor]
@@ -42,15 +42,21 @@ class Rows:
     wanted: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     held: int = 0
+    full: bool = False
 
     def add(self, x: Tensor, y: Tensor, positions: Tensor | None, shares: Tensor | None = None) -> bool:
-        """Add a batch: inputs (N, C_in, *size), targets (N, C_out, *outputs); False, and nothing is held, where it is too much.
+        """Add a batch: inputs (N, C_in, *size), targets (N, C_out, *outputs).
+
+        What it reads, wants and counts is then the last in ``read``, (groups, rows, m + 1), ``wanted``, (rows, C_out), and
+        ``counts``, (rows,). Where it is too much it is False, from there on, and nothing is held.
 
         Args:
             x, y: inputs and targets.
             positions: (rows,) indices into the N * outputs positions, images first; None for all.
             shares: (N,), how much each image counts; None for 1.
         """
+        if self.full:
+            return False
         z = patches(x, self.geometry, positions)
         flat = y.movedim(1, -1).flatten(0, -2)
         self.read.append(torch.cat((z, z.new_ones(*z.shape[:2], 1)), 2))
@@ -61,25 +67,24 @@ class Rows:
         self.held += self.read[-1].nbytes + 4 * self.wanted[-1].nbytes
         if 2 * self.held <= self.memory_bytes:  # they are joined once
             return True
+        self.full = True
         self.read.clear()
         self.wanted.clear()
         self.counts.clear()
         return False
 
-    def fitted(self, equations: NormalEquations, start: Affine, activation: Activation, *, ridge: float, rounds: int) -> Affine:
+    def fitted(self, factored: Factored, start: Affine, activation: Activation, *, rounds: int) -> Affine:
         """The best convolution, as seen behind the activation, from ``start`` on.
 
         Args:
-            equations: of these rows, and of this geometry.
+            factored: the Gram matrix of these rows, of this geometry.
             start: their plain solution.
             activation: pointwise on (rows, C_out).
-            ridge: as in :meth:`NormalEquations.solve`.
             rounds: at most so many.
         """
         z, y, counts = torch.cat(self.read, 1), torch.cat(self.wanted), torch.cat(self.counts)[:, None]
         with torch.no_grad():
             reached = activation(y)
-        factored = equations.factored(self.geometry, ridge=ridge)
         best, loss, now = start, math.inf, start
         for _ in range(rounds + 1):
             value = self._value(now, z)

@@ -87,6 +87,19 @@ def picked(batch: Batch, graph: GraphModule, index: Tensor) -> Batch:
     )
 
 
+def last_images(batches: Sequence[Batch], graph: GraphModule, images: int) -> tuple[Batch, ...]:
+    """So many of the images, from the last; arguments that are one for all images stay whole."""
+    left, parts = images, []
+    for batch in reversed(batches):
+        count = images_in(batch)
+        if left >= count:
+            parts.append(batch)
+        elif left > 0:
+            parts.append(picked(batch, graph, torch.arange(count - left, count)))
+        left -= count
+    return tuple(reversed(parts))
+
+
 def shared_out(shares: Tensor | None, value: Tensor, rows: int) -> Tensor | None:
     """How much each of the rows that a tensor becomes counts; all alike where its first dimension is not that of the images."""
     if shares is None or not value.dim() or len(value) != len(shares):

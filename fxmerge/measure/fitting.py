@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -73,8 +73,16 @@ class Fitting(Substitution):
                 values = self.original(batch)
             yield Pair(values, values, self.shares(batch))
 
-    def _equations(self, fitted: Sequence[Candidate], pairs: Iterable[Pair]) -> dict[_Key, NormalEquations]:
-        """Normal equations for these candidates, from the student's values to the original's."""
+    def _equations(
+        self, fitted: Sequence[Candidate], pairs: Iterable[Pair], rows: Rows | None = None
+    ) -> dict[_Key, NormalEquations]:
+        """Normal equations for these candidates, from the student's values to the original's.
+
+        Args:
+            fitted: the candidates.
+            pairs: values of both.
+            rows: gathers what the only candidate, without side inputs, reads, for a second look.
+        """
         shared: dict[_Key, list[Candidate]] = {}
         for candidate in fitted:
             shared.setdefault(_key(candidate), []).append(candidate)
@@ -93,8 +101,13 @@ class Fitting(Substitution):
                     for name, value in ((key[0], x), *targets.items()):
                         _require_finite(name, value)
                     positions = self.positions(equations[key].geometry, x, next(iter(targets.values())), generator)
-                    sides = self._sides(members[0], student, len(x))
-                    equations[key].add(x, targets, positions, sides=sides, shares=shared_out(shares, x, len(x)))
+                    each = shared_out(shares, x, len(x))
+                    if rows is not None and rows.add(x, targets[members[0].exit], positions, each):
+                        counts = None if each is None else rows.counts[-1]
+                        equations[key].add_rows(rows.read[-1], {members[0].exit: rows.wanted[-1]}, counts)
+                    else:
+                        sides = self._sides(members[0], student, len(x))
+                        equations[key].add(x, targets, positions, sides=sides, shares=each)
         return equations
 
     def positions(self, geometry: Geometry, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -139,34 +152,33 @@ class Fitting(Substitution):
             return {merge.part(name): self.fixed[name] for name in merge.fixed}
         if merge.kind == "identity":
             return {}
-        equations = self._equations([merge], pairs)[_key(merge)]
-        maps = self._solved(equations, merge)
-        if self.options.through and not merge.sides and not merge.moved:
-            maps[merge.id] = self._through(merge, equations, maps[merge.id], pairs)
-        return {**maps, **(self._moved([merge], maps, pairs) if merge.moved else {})}
+        activation = self._behind(merge) if self.options.through and not merge.sides and not merge.moved else None
+        if activation is None:
+            maps = self._solved(self._equations([merge], pairs)[_key(merge)], merge)
+            return {**maps, **(self._moved([merge], maps, pairs) if merge.moved else {})}
+        rows = Rows(merge.geometry, self.options.memory_bytes // 4)
+        equations = self._equations([merge], pairs, rows)[_key(merge)]
+        factored = equations.factored(merge.geometry, ridge=self.options.ridge)
+        affine = factored.affine(equations.targets[merge.exit])
+        if not rows.full:
+            with torch.inference_mode(False):
+                affine = rows.fitted(factored, affine, activation, rounds=self.options.through)
+        return {merge.id: affine}
 
-    def _through(self, merge: Candidate, equations: NormalEquations, affine: Affine, pairs: Sequence[Pair]) -> Affine:
-        """The weights fitted through the activation that all readers of the exit apply, if they do."""
+    def _behind(self, merge: Candidate) -> Callable[[Tensor], Tensor] | None:
+        """The activation that all readers of the exit apply, if they do."""
         exit_node = self.replay.named[merge.exit]
         readers = list(exit_node.users)
         verdicts = [self.findings.operators.verdict(Site(self.folded, node)) for node in readers]
         kinds = {verdict.name for verdict in verdicts if isinstance(verdict, Activation)}
         if len(kinds) != 1 or not all(isinstance(v, Activation) for v in verdicts) or readers[0].all_input_nodes != [exit_node]:
-            return affine
-        rows = Rows(merge.geometry, self.options.memory_bytes // 4)
-        generator = torch.Generator().manual_seed(self.options.seed)
-        with torch.inference_mode(False):
-            for original, student, shares in pairs:
-                x, y = self.image(merge.entry, student).clone(), self.image(merge.exit, original).clone()
-                positions = self.positions(equations.geometry, x, y, generator)
-                if not rows.add(x, y, positions, shared_out(shares, x, len(x))):
-                    return affine
+            return None
 
-            def activation(value: Tensor) -> Tensor:
-                result: Tensor = self.replay.run(readers[0], {exit_node: value})
-                return result
+        def activation(value: Tensor) -> Tensor:
+            result: Tensor = self.replay.run(readers[0], {exit_node: value})
+            return result
 
-            return rows.fitted(equations, affine, activation, ridge=self.options.ridge, rounds=self.options.through)
+        return activation
 
 
 def _key(candidate: Candidate) -> _Key:

@@ -24,7 +24,7 @@ from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Proposal, Segment, narrowed
 from fxmerge.core.table import Importance, bounded
 from fxmerge.errors import InputError, PlanMismatchError
-from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
+from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, last_images
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.fitting import Fitting, grouped, held_bytes
@@ -33,6 +33,9 @@ from fxmerge.measure.shelf import Shelf
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
+
+#: Of a rough fit: images, for the weights and for the loss, positions at least, and positions for every unknown.
+_ROUGH_IMAGES, _ROUGH_ROWS, _ROUGH_RATIO = 256, 4096, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,18 @@ class Reconstruction:
         work = _Work(self, findings, batches)
         weights = work.fit(plan)
         return weights, work.loss_of(plan, weights)
+
+    def rough(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Plan], float]:
+        """What fits a plan to a part of the images, on fewer positions, and gives its loss on others, which the fit never saw."""
+        few = replace(self, least_rows=min(self.least_rows, _ROUGH_ROWS), rows_per_unknown=min(self.rows_per_unknown, _ROUGH_RATIO))
+        images = sum(map(images_in, batches))
+        held = min(_ROUGH_IMAGES, images // 3)
+        learn = few.work(findings, in_parts(batches, findings.graph, _ROUGH_IMAGES, limit=min(_ROUGH_IMAGES, images - held)))
+        judge = few.work(findings, last_images(batches, findings.graph, held))
+        if not sum(map(judge.weight_of, judge.batches)) > 0:
+            judge = few.work(findings, learn.batches)
+        judge.fixed = learn.fixed
+        return lambda plan: judge.loss_of(plan, learn.fit(plan))
 
 
 @dataclass

@@ -21,10 +21,11 @@ def fits(geometry: Geometry, y: Tensor, x: Tensor, activation, rounds: int = 30)
     """The error behind the activation of the plain solution, and of the one fitted through it."""
     equations = NormalEquations.empty(geometry)
     equations.add(x, {"y": y})
-    plain = equations.solve("y", geometry, ridge=1e-8)
+    factored = equations.factored(geometry, ridge=1e-8)
+    plain = factored.affine(equations.targets["y"])
     rows = Rows(geometry, 1 << 30)
     assert rows.add(x, y, None)
-    through = rows.fitted(equations, plain, activation, ridge=1e-8, rounds=rounds)
+    through = rows.fitted(factored, plain, activation, rounds=rounds)
 
     def error(affine: Affine) -> float:
         return float((activation(convolved(affine, x)) - activation(y)).square().mean())

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 import fxmerge
 from fxmerge.errors import CalibrationError
-from fxmerge.measure.calibration import as_batches, images_in
+from fxmerge.measure.calibration import as_batches, images_in, last_images
 
 
 class Forward(nn.Module):
@@ -161,3 +161,12 @@ class TestTimeSteps:
         batches = as_batches([(FOUR, torch.tensor(t)) for t in (5, 5, 8, 5)], graph, batch_size=6)
         assert [(images_in(batch), int(batch[1])) for batch in batches] == [(6, 5), (2, 5), (4, 8), (4, 5)]
         assert [images_in(batch) for batch in as_batches([(FOUR, 5), (FOUR, 8)], graph, limit=6)] == [4, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 7, 9])
+def test_the_last_images_are_taken_across_batches_and_what_is_one_for_all_stays_whole(count: int) -> None:
+    graph = fxmerge.trace(Two(lambda x, t: x * t), (X, torch.ones(())))
+    data = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 8, 8)
+    found = last_images([(part, torch.ones(())) for part in data.split(3)], graph, count)
+    assert [int(image[0, 0, 0]) for x, _ in found for image in x] == list(range(max(0, 7 - count), 7))
+    assert all(t.shape == () for _, t in found)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.least_squares import NormalEquations, patches
+from fxmerge.algebra.through import Rows
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.refit import with_weights
 from fxmerge.measure.shelf import Shelf
@@ -213,3 +215,60 @@ def test_images_that_all_count_twice_give_the_same_weights(found) -> None:  # ty
 def test_options_out_of_range_are_told_by_name(options: dict[str, object]) -> None:
     with pytest.raises(fxmerge.InputError, match=next(iter(options))):
         fxmerge.Reconstruction(**options)  # type: ignore[arg-type]
+
+
+def test_what_a_merge_reads_is_gathered_and_its_gram_matrix_factored_once(found, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    counts = dict.fromkeys(("patches", "factored"), 0)
+
+    def counted(name: str, function):  # type: ignore[no-untyped-def]
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for module in ("least_squares", "through"):
+        monkeypatch.setattr(f"fxmerge.algebra.{module}.patches", counted("patches", patches))
+    monkeypatch.setattr(NormalEquations, "factored", counted("factored", NormalEquations.factored))
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    batches = fxmerge.as_batches(images(100), findings.graph, batch_size=20)
+    fxmerge.Reconstruction(stay=False).fit(findings, plan, batches)
+    assert counts == {"patches": len(batches), "factored": 1}
+
+
+def test_a_merge_that_is_too_large_to_be_looked_at_twice_is_fitted_by_plain_least_squares(
+    found,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    batches = fxmerge.as_batches(images(100), findings.graph, batch_size=20)
+    plain = fxmerge.Reconstruction(stay=False, through=0).fit(findings, plan, batches)
+    through = fxmerge.Reconstruction(stay=False).fit(findings, plan, batches)
+    monkeypatch.setattr("fxmerge.measure.fitting.Rows", lambda geometry, memory: Rows(geometry, 10_000_000))  # one batch of five
+    tight = fxmerge.Reconstruction(stay=False).fit(findings, plan, batches)
+    for name, affine in plain.items():
+        assert torch.allclose(affine.weight, tight[name].weight, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(affine.weight, through[name].weight, rtol=1e-3)
+
+
+def test_a_rough_fit_is_judged_on_images_that_it_never_saw(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    data = images(90)
+    batches = fxmerge.as_batches(data, findings.graph, batch_size=32)
+    few = fxmerge.Reconstruction(least_rows=4096, rows_per_unknown=4)
+    weights = few.fit(findings, plan, fxmerge.as_batches(data[:60], findings.graph, batch_size=32))
+    unseen = few.work(findings, fxmerge.as_batches(data[60:], findings.graph)).loss_of(plan, weights)
+    assert fxmerge.Reconstruction().rough(findings, batches)(plan) == pytest.approx(unseen, rel=1e-3)
+
+
+@pytest.mark.parametrize("shares", [None, lambda batch: (batch[0][:, 0, 0, 0] == 77).float()])
+def test_a_rough_fit_does_with_what_there_is(found, shares) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    for count in (1, 2, 5):
+        data = images(count)
+        data[0, 0, 0, 0] = 77  # the only image that counts, where shares say so
+        assert fxmerge.Reconstruction(shares=shares).rough(findings, fxmerge.as_batches(data, findings.graph))(plan) > 0
