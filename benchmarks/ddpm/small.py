@@ -19,7 +19,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +220,17 @@ class Bench:
             yield label, asked, f"cannot; at most {chosen['fastest']:.2f}x", "", "", "", "", ""
             return
 
+        @cache
         def student() -> GraphModule:
             found, _ = build_networks(self.findings, Plan.load(place / "plan.json"), {})
             found.load_state_dict(load_file(place / "student.safetensors"))
             return found
 
+        @cache
+        def merged() -> GraphModule:
+            return fxmerge.fuse(student())
+
+        @cache
         def trained() -> GraphModule:
             found = tuned(
                 student(),
@@ -237,11 +243,11 @@ class Bench:
             )
             return fxmerge.fuse(found)
 
-        sampling = Ratio(**_kept(place / "sampling.json", lambda: vars(self.timed(fxmerge.fuse(student())))))
+        sampling = Ratio(**_kept(place / "sampling.json", lambda: vars(self.timed(merged()))))
         network = f"{chosen['measured']:.2f}x ({chosen['predicted']:.2f}x predicted), {chosen['merges']} merges"
-        untrained = _kept(place / "untrained.json", lambda: self.quality(fxmerge.fuse(student())))
+        untrained = _kept(place / "untrained.json", lambda: self.quality(merged()))
         yield label, asked, network, str(sampling), "none", *_figures(untrained)
-        self.drawn(f"{name} untrained", lambda: fxmerge.fuse(student()))
+        self.drawn(f"{name} untrained", merged)
         if self.options.tune_steps:
             after = _kept(place / "trained.json", lambda: self.quality(trained()))
             yield "", "", "", "", f"{self.options.tune_steps} steps", *_figures(after)
