@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> str:
             networks |= {name: build_networks(findings, plan, {})[1] for name, plan in plans.items()}
             losses = {"published plan": theirs} | {name: plan.loss for name, plan in plans.items() if plan is not published}
             rows = [row for backend in o.backends for row in whole(networks, losses, o, backend)]
-    heads = ("back end", "network", "predicted loss", "ms a call", "speed-up", "DDIM, end to end", "convolutions")
+    heads = ("back end", "network", "predicted loss", "ms a call", "speed-up", "DDIM, end to end", "convolutions beyond 1x1")
     spent = [(stage, f"{s:.1f}") for stage, s in seconds.items()]
     return "\n\n".join(
         (
@@ -215,7 +215,7 @@ def whole(
             f"{call.median_ns / 1e6:.2f} +- {call.spread_ns / 2e6:.2f}",
             f"{calls[0].median_ns / call.median_ns:.2f}x",
             str(Ratio.of(seconds[0], found)),
-            sum(isinstance(module, nn.Conv2d) for module in networks[name].modules()),
+            sum(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in networks[name].modules()),
         )
         for name, call, found in zip(networks, calls, seconds, strict=True)
     ]

@@ -47,6 +47,9 @@ from fxmerge.survey import Survey
 
 SPACES = {"all candidates": "joint", "activations only": "activations", "layers only": "layers"}
 
+#: What fits weights, for scores and for plans: of the positions that there are, as many as a fit of this size needs.
+FIT = fxmerge.Reconstruction(rows_per_unknown=4, least_rows=8192)
+
 #: What measures latency; None for the clock.
 TIMER: fxmerge.Timer | None = None
 
@@ -71,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frechet-steps", type=int, default=20, help="of DDIM, for the Frechet distance")
     parser.add_argument("--calibration", type=int, default=256, help="inputs recorded along the trajectory")
     parser.add_argument("--score-images", type=int, default=64, help="training images that candidates are scored on")
+    parser.add_argument("--max-kernel", type=int, default=5, help="of candidates; time to fit grows by the power of six")
     parser.add_argument("--trials", type=int, default=3, help="plans near each budget that are fitted whole")
     parser.add_argument("--cache", type=Path, required=True, help="a folder for weights, tables and what is finished")
     parser.add_argument("--out", type=Path, help="also write the report to this file, and the picture beside it")
@@ -150,8 +154,8 @@ class Bench:
         start = noise((16, *self.example[0].shape[1:]), 1)
         recorded = fxmerge.recorded_inputs(self.unet, lambda: ddim(self.unet, start, calls), most=calls)
         batches = fxmerge.as_batches(recorded, findings.graph)
-        proposals = fxmerge.propose(findings)
-        scorer = fxmerge.NoisePrediction(images=self.images.train[: o.score_images], signal=_signal())
+        proposals = fxmerge.propose(findings, fxmerge.Space(max_kernel=o.max_kernel))
+        scorer = fxmerge.NoisePrediction(images=self.images.train[: o.score_images], signal=_signal(), fit=FIT)
         with fxmerge.Store(self.folder / "tables.db") as store:
             latency = fxmerge.measure_latency(
                 findings, proposals, self.example, timer=TIMER, store=store, progress=self.bars("latency")
@@ -264,9 +268,7 @@ class Bench:
             original, merged = search.measure(search.front.plan(0))
             return {"fastest": original.median_ns / merged.median_ns}
         progress = self.bars("fit")
-        plan, measured, weights = search.best_near(
-            tried, 1 / speedup, None, fxmerge.Reconstruction(), progress, trials=self.options.trials
-        )
+        plan, measured, weights = search.best_near(tried, 1 / speedup, None, FIT, progress, trials=self.options.trials)
         student, _ = build_networks(self.findings, plan, weights)
         plan.save(place / "plan.json")
         save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, place / "student.safetensors")
