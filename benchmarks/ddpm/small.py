@@ -47,8 +47,9 @@ from fxmerge.survey import Survey
 
 SPACES = {"all candidates": "joint", "activations only": "activations", "layers only": "layers"}
 
-#: What fits weights, for scores and for plans: of the positions that there are, as many as a fit of this size needs.
-FIT = fxmerge.Reconstruction(rows_per_unknown=4, least_rows=8192)
+#: What fits weights, for scores and for plans: by as many positions as a fit of this size needs, in tasks of some seconds each, so
+#: that a run that is stopped loses no more.
+FIT = fxmerge.Reconstruction(rows_per_unknown=4, least_rows=8192, memory_bytes=512 << 20)
 
 #: What measures latency; None for the clock.
 TIMER: fxmerge.Timer | None = None
@@ -64,18 +65,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-steps", type=int, default=1200, help="of the U-Net")
     parser.add_argument("--train-batch", type=int, default=32)
     parser.add_argument("--classifier-steps", type=int, default=600)
-    parser.add_argument("--tune-steps", type=int, default=100, help="of the short training; 0 leaves it out")
+    parser.add_argument("--tune-steps", type=int, default=60, help="of the short training; 0 leaves it out")
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.15, 1.3, 1.6])
     parser.add_argument("--spaces", nargs="+", choices=tuple(SPACES.values()), default=list(SPACES.values()))
     parser.add_argument("--batch", type=int, default=8, help="images that are sampled at a time where time is measured")
     parser.add_argument("--sampling-steps", type=int, default=100, help="of DDIM, where time is measured, and for the picture")
-    parser.add_argument("--rounds", type=int, default=5, help="samplings of each network that are timed")
-    parser.add_argument("--samples", type=int, default=512, help="for the Frechet distance")
+    parser.add_argument("--rounds", type=int, default=4, help="samplings of each network that are timed")
+    parser.add_argument("--samples", type=int, default=256, help="for the Frechet distance")
     parser.add_argument("--frechet-steps", type=int, default=20, help="of DDIM, for the Frechet distance")
     parser.add_argument("--calibration", type=int, default=256, help="inputs recorded along the trajectory")
-    parser.add_argument("--score-images", type=int, default=64, help="training images that candidates are scored on")
+    parser.add_argument("--score-images", type=int, default=32, help="training images that candidates are scored on")
     parser.add_argument("--max-kernel", type=int, default=5, help="of candidates; time to fit grows by the power of six")
-    parser.add_argument("--trials", type=int, default=3, help="plans near each budget that are fitted whole")
+    parser.add_argument("--trials", type=int, default=2, help="plans near each budget that are fitted whole")
     parser.add_argument("--cache", type=Path, required=True, help="a folder for weights, tables and what is finished")
     parser.add_argument("--out", type=Path, help="also write the report to this file, and the picture beside it")
 
