@@ -11,9 +11,8 @@ the published plan lacks five activations.
 from __future__ import annotations
 
 import argparse
-import itertools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -22,10 +21,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxmerge
+from benchmarks.numbered import convolutions, expressed, fastest_within, loss_of
 from benchmarks.reports import deliver
 from benchmarks.stages import timed
-from fxmerge.core.plan import ParetoFront, Plan
-from fxmerge.core.segment import narrowed
+from fxmerge.core.plan import Plan
 from fxmerge.data import read_images
 from fxmerge.measure.progress import Bars
 from fxmerge.search import build_networks
@@ -33,6 +32,8 @@ from fxmerge.search import build_networks
 #: Convolutions, numbered from the stem, that an activation is kept behind (a merge ends there), and those pruned.
 KEPT = (0, 5, 8, 11, 14, *range(17, 36), *range(38, 51))
 PRUNED = (1, 7, 13, 37)
+#: What the published plan is made of.
+COMPOSED = fxmerge.Space(fitted=False)
 
 #: What measures the two tables; None for the clock, and for the closed form.
 TIMER: fxmerge.Timer | None = None
@@ -57,42 +58,16 @@ def main() -> None:
     deliver(run(options), options.out)
 
 
-def groups(count: int, ends: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Numbers of the convolutions that lie between two kept activations, the last convolution being an end as well.
-
-    >>> list(groups(4, (0, 2)))
-    [(0,), (1, 2), (3,)]
-    """
-    for before, end in itertools.pairwise((-1, *(end for end in ends if end < count - 1), count - 1)):
-        yield tuple(range(before + 1, end + 1))
-
-
-def plan_of(findings: fxmerge.Findings, kept: Sequence[int], pruned: Sequence[int]) -> Plan:
+def plan_of(findings: fxmerge.Findings, kept: Collection[int], pruned: Collection[int]) -> Plan:
     """A plan written as in LayerMerge: where activations stay, and which convolutions go, by number in graph order.
 
     Raises:
         LookupError: no segment holds such a run of convolutions, or none can be pruned so.
     """
-    nodes = [node for node in findings.graph.graph.nodes if node.op == "call_module"]
-    convolutions = [node.name for node in nodes if isinstance(findings.graph.get_submodule(str(node.target)), nn.Conv2d)]
-    proposals = fxmerge.propose(findings, fxmerge.Space(fitted=False))
-    merges = []
-    for group in groups(len(convolutions), kept):
-        if len(group) == 1:
-            continue
-        wanted = tuple(convolutions[i] for i in group)
-        gone = {convolutions[i] for i in group if i in pruned}
-        fitting = [
-            (len(proposal.segment.nodes), candidate)
-            for proposal in proposals
-            if proposal.segment.convolutions == wanted
-            for candidate in proposal.candidates
-            if candidate.kind == "composed" and set(candidate.removed) & set(wanted) == gone
-        ]
-        if not fitting:
-            raise LookupError(f"no candidate merges convolutions {group[0]} to {group[-1]} without {sorted(gone) or 'pruning'}")
-        merges.append(max(fitting, key=lambda entry: entry[0])[1])  # the longest takes the skip in
-    return Plan(findings.fingerprint, tuple(merges))
+    plan, refused = expressed(findings, convolutions(findings), kept, pruned, space=COMPOSED)
+    if refused:
+        raise LookupError(refused[0])
+    return plan
 
 
 def run(options: argparse.Namespace) -> str:
@@ -119,7 +94,7 @@ def run(options: argparse.Namespace) -> str:
         with timed(seconds, "solve"):
             candidates = [candidate for proposal in useful for candidate in proposal.candidates]
             front = fxmerge.solve(findings.region, candidates, latency, importance, findings.fingerprint)
-        loss = loss_of(findings, published, images)
+        loss = loss_of(findings, published, images, space=COMPOSED, scorer=SCORER)
         own = fastest_within(front, loss)
         with timed(seconds, "fit"):
             weights = fxmerge.fit(findings, own, images)
@@ -158,19 +133,6 @@ def calibration(options: argparse.Namespace) -> Tensor:
     if options.images:
         return read_images(options.images, count=options.count, size=(options.size, options.size))
     return torch.randn(options.count, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(findings: fxmerge.Findings, plan: Plan, images: Tensor) -> float:
-    """Predicted loss of a plan of composed merges, each scored on all images."""
-    taken = {merge.id for merge in plan.merges}
-    proposals = narrowed(fxmerge.propose(findings, fxmerge.Space(fitted=False)), lambda candidate: candidate.id in taken)
-    scores = fxmerge.measure_importance(findings, proposals, images, scorer=SCORER)
-    return sum(scores.loss(name) for name in taken)
-
-
-def fastest_within(front: ParetoFront, loss: float) -> Plan:
-    """The fastest plan of a front that loses no more than this."""
-    return next(front.plan(index) for index in range(len(front)) if front.losses[index] <= loss)
 
 
 def timings(networks: dict[str, nn.Module], example: Tensor, target: fxmerge.Target, backend: str) -> list[tuple[object, ...]]:

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxmerge.analysis.segments import Findings
+from fxmerge.core.leaves import leaves
 from fxmerge.core.options import require_whole
 from fxmerge.core.segment import Proposal
 from fxmerge.core.table import Importance, bounded
@@ -132,7 +132,7 @@ class NoisePrediction:
 
 def _losses(output: Any, target: Tensor) -> Tensor:
     """(N,), float64."""
-    found = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    found = next((leaf for leaf in leaves(output) if isinstance(leaf, Tensor)), None)
     if found is None or found.shape != target.shape:
         shape = None if found is None else tuple(found.shape)
         raise InputError(f"the network's first output is of shape {shape}, and what it should predict of {tuple(target.shape)}")

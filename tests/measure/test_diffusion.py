@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -163,6 +163,30 @@ class _Untimed(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.network(x + 0 * t[:, None, None, None])  # type: ignore[no-any-return]
+
+
+@dataclass
+class Answer:
+    """As U-Nets give it; torch's own helpers do not look inside."""
+
+    sample: Tensor
+
+
+class _Answering(_Untimed):
+    def forward(self, x: Tensor, t: Tensor) -> Answer:  # type: ignore[override]
+        return Answer(super().forward(x, t))
+
+
+def test_a_prediction_inside_a_dataclass_is_scored_like_any_other() -> None:
+    found = []
+    for kind in (_Untimed, _Answering):
+        torch.manual_seed(0)
+        network = kind(nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 3))).double().eval()
+        findings, proposals = searched(network, clean(2), torch.tensor([1, 2]))
+        table = measure_importance(findings, proposals, [data(4)], scorer=NoisePrediction(images=clean(), signal=SIGNAL))
+        found.append([importance.loss for importance in table.candidates.values()])
+    assert found[0] == pytest.approx(found[1])
+    assert len(found[0]) > 1
 
 
 class TestRecordedInputs:
