@@ -3,7 +3,7 @@
     python -m benchmarks.ddpm cifar-configuration --batch 1 --losses made-up --store tables.db
     python -m benchmarks.ddpm cifar-configuration --device cuda --dtype bfloat16 --batch 128 --backends eager inductor --store g.db
 
-Weights are random, which changes no time. Losses are those of the closed-form fit, in float32, to inputs recorded along the
+Weights are random, which changes no time. Losses are those of the closed-form fit to inputs recorded along the
 trajectory of the sampler with these weights; or made up (one for every activation taken out, one for every convolution pruned or
 dropped), where there is no time for them: either way they say what the solver did, nothing of samples. The published plan removes
 activations and prunes convolutions by number, and moves the norm between two convolutions behind the merged one; here that is one
@@ -44,7 +44,7 @@ TIMER: fxmerge.Timer | None = None
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of what is timed; weights are fitted in float32")
+    parser.add_argument("--dtype", default="float32", help="of the network, from tracing on: it is a constant of the graph")
     parser.add_argument("--backends", nargs="+", default=["eager"], help="the first is that of the tables")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--channels-last", action="store_true")
@@ -93,10 +93,11 @@ def run(options: argparse.Namespace) -> str:
     seconds: dict[str, float] = {}
     o = options
     target = fxmerge.Target(o.device, o.dtype, o.channels_last, o.backends[0])
-    example = inputs(o.batch, o.device)
+    dtype = getattr(torch, o.dtype)
+    example = inputs(o.batch, o.device, dtype)
     store = fxmerge.Store(o.store) if o.store else None
     with torch.no_grad(), Bars(True) as bars:
-        model = cifar_unet(o.width).to(o.device)
+        model = cifar_unet(o.width).to(o.device, dtype)
         with timed(seconds, "trace, find, propose"):
             findings = searched(model, example)
             space = fxmerge.Space(max_kernel=o.max_kernel)
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> str:
                 findings, proposals, example, target=target, timer=TIMER, store=store, progress=bars("latency")
             )
         useful = fxmerge.worthwhile(proposals, latency, findings.region)
-        recorded = trajectory(model, o.images, o.device) if o.losses == "reconstruction" else [inputs(2, o.device)]
+        recorded = trajectory(model, o.images, o.device, dtype) if o.losses == "reconstruction" else [inputs(2, o.device, dtype)]
         scorer = MadeUp() if o.losses == "made-up" else _reconstruction(o)
         with timed(seconds, "importance table"):
             importance = fxmerge.measure_importance(
@@ -155,15 +156,15 @@ def searched(model: nn.Module, example: tuple[Tensor, Tensor]) -> fxmerge.Findin
     return fxmerge.find_segments(fxmerge.trace(model, example))
 
 
-def inputs(batch: int, device: str) -> tuple[Tensor, Tensor]:
+def inputs(batch: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Noise, and time steps of which no two are alike."""
-    return noise((batch, 3, 32, 32), 0, device), (torch.arange(batch) * 999 // max(1, batch - 1)).to(device)
+    return noise((batch, 3, 32, 32), 0, device).to(dtype), (torch.arange(batch) * 999 // max(1, batch - 1)).to(device)
 
 
-def trajectory(model: nn.Module, count: int, device: str) -> tuple[tuple[Tensor, Tensor], ...]:
+def trajectory(model: nn.Module, count: int, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
     """Inputs along the sampler's trajectory, four images at a time."""
     calls = max(1, count // 4)
-    start = noise((4, 3, 32, 32), 1, device)
+    start = noise((4, 3, 32, 32), 1, device).to(dtype)
     return fxmerge.recorded_inputs(model, lambda: ddim(model, start, calls), most=calls)  # type: ignore[return-value]
 
 
@@ -200,12 +201,12 @@ def whole(
     """A row for each network under one back end: a call, and a whole sampling, all in turn."""
     o = options
     target = fxmerge.Target(o.device, o.dtype, o.channels_last, backend)
-    there = [fxmerge.Timed(module, inputs(o.batch, o.device)) for module in networks.values()]
-    calls = (TIMER or fxmerge.compare)(there, target=target)
     dtype = getattr(torch, o.dtype)
+    there = [fxmerge.Timed(module, inputs(o.batch, o.device, dtype)) for module in networks.values()]
+    calls = (TIMER or fxmerge.compare)(there, target=target)
     start = noise((o.batch, 3, 32, 32), 2, o.device).to(dtype)
     layout = torch.channels_last if o.channels_last else torch.contiguous_format
-    ready = [_ready(module.to(memory_format=layout), backend) for module in (copy.deepcopy(n).to(dtype) for n in networks.values())]
+    ready = [_ready(module.to(memory_format=layout), backend) for module in map(copy.deepcopy, networks.values())]
     seconds = seconds_in_turn(ready, start, o.sampling_steps, o.rounds)
     return [
         (
