@@ -73,6 +73,8 @@ def _spread(x: Tensor, up: Sequence[int]) -> Tensor:
 
 #: Rows of patches are worked on in pieces of about this size.
 _CHUNK_BYTES = 256 << 20
+#: Columns of a block of a Gram matrix that are multiplied at once.
+_BLOCK = 512
 
 
 @dataclass
@@ -253,6 +255,16 @@ class Factored:
     def affine(self, right: Tensor, prior: Affine | None = None) -> Affine:
         """:meth:`solution` as a map; there are no numbers constant over space."""
         return _affine(self.geometry, self.solution(right, prior), self.weights)
+
+
+def _add_symmetric(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right, which is symmetric: of wide matrices only the blocks on and right of the diagonal are multiplied."""
+    size = total.shape[-1]
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        product = left[..., start:stop].mT @ right[..., start:]
+        total[..., start:stop, start:] += product
+        total[..., stop:, start:stop] += product[..., stop - start :].mT
 
 
 def _affine(geometry: Geometry, solution: Tensor, weights: int) -> Affine:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -79,6 +79,13 @@ class NoisePrediction:
     def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
         """As they are fitted."""
         return self.fit.tasks(findings, proposals, at_least)
+
+    def coarse(self) -> NoisePrediction | None:
+        """This scorer on as many images as the fit's coarse one, from the first, with weights that cost less."""
+        count, fit = self.fit.coarse_images, self.fit.coarse()
+        if fit is None or count >= len(self.images):
+            return None
+        return replace(self, images=self.images[:count], conditions=tuple(c[:count] for c in self.conditions), fit=fit)
 
     def holdout(self, findings: Findings) -> Iterator[tuple[Batch, Tensor]]:
         """The batches of the network's arguments, and the targets of each, (images, C, *space)."""

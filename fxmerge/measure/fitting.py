@@ -57,7 +57,7 @@ class Fitting(Substitution):
         """Warn where a filter has more weights than the data has positions: it can fit them by heart."""
         ratio, worst = max(self.starved, key=lambda entry: entry[0], default=(0.0, None))
         self.starved.clear()
-        if worst is not None and ratio > self.worst_starved:
+        if worst is not None and ratio > self.worst_starved and self.options.fit_images is None:
             self.worst_starved = ratio
             images = sum(map(images_in, self.batches))
             warnings.warn(

@@ -50,7 +50,10 @@ class Reconstruction:
         shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike, as they
             do, too, in fits of tensors whose first dimension is not that of the images.
         score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
-        coarse_images: of these, how many tell which candidates are worth measuring on all, where latencies are known.
+        fit_images: how many of them, from the first, the weights of candidates that are scored are fitted to; None for all. With
+            a number, nothing warns that they are few.
+        coarse_images: how many tell which candidates are worth measuring on all, where latencies are known; their weights are
+            then fitted to eight times as many, on fewer positions.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
         memory_bytes: bound on what the normal equations of one task take together; the tensors of one batch take a
             quarter of it at most.
@@ -65,6 +68,7 @@ class Reconstruction:
     divergence: Divergence | None = None
     shares: Callable[[Batch], Tensor] | None = None
     score_images: int = 256
+    fit_images: int | None = None
     coarse_images: int = 16
     hopeless: float = 1.0
     memory_bytes: int = 4 << 30
@@ -76,6 +80,8 @@ class Reconstruction:
         wholes = {"rows_per_unknown": 1, "least_rows": 1, "score_images": 1, "coarse_images": 1, "memory_bytes": 1, "through": 0}
         for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
+        if self.fit_images is not None:
+            require_whole("fit_images", self.fit_images, 1)
         require_number("ridge", self.ridge, "a number from 0 on", lambda ridge: 0 <= ridge < math.inf)
         require_number("hopeless", self.hopeless, "a positive number", lambda loss: loss > 0)
 
@@ -93,8 +99,15 @@ class Reconstruction:
         return replace(self, through=0, stay=False)
 
     def coarse(self) -> Reconstruction | None:
-        """This scorer with the divergence measured on ``coarse_images`` only."""
-        return replace(self, score_images=self.coarse_images) if self.coarse_images < self.score_images else None
+        """This scorer with the divergence measured on ``coarse_images`` only, and weights that cost less."""
+        if self.coarse_images >= self.score_images:
+            return None
+        return replace(self.on_fewer_positions(), score_images=self.coarse_images, fit_images=8 * self.coarse_images)
+
+    def on_fewer_positions(self) -> Reconstruction:
+        """This fit where its weights need not be the best that the data has."""
+        rows, ratio = min(self.least_rows, _ROUGH_ROWS), min(self.rows_per_unknown, _ROUGH_RATIO)
+        return replace(self, least_rows=rows, rows_per_unknown=ratio)
 
     def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
         """Neighbouring stretches, as many as the memory limit and the number of tasks wanted allow.
@@ -114,7 +127,9 @@ class Reconstruction:
         return grouped(fitting, self.memory_bytes, at_least)
 
     def work(self, findings: Findings, batches: Sequence[Batch]) -> _Work:
-        """What fits and replaces candidates, for scorers that judge the outputs in another way."""
+        """What fits and replaces candidates that are scored, for scorers that judge the outputs in another way, too."""
+        if self.fit_images is not None and self.fit_images < sum(map(images_in, batches)):
+            batches = in_parts(batches, findings.graph, max(map(images_in, batches)), limit=self.fit_images)
         return _Work(self, findings, batches)
 
     def prepare(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Sequence[Proposal]], dict[str, Importance]]:
@@ -127,7 +142,7 @@ class Reconstruction:
         Warns (when called):
             UserWarning: there is less data than there are weights to fit; the losses come out too low.
         """
-        work = _Work(self, findings, batches)
+        work = self.work(findings, batches)
 
         def scoring(proposals: Sequence[Proposal]) -> dict[str, Importance]:
             scores = work.scores(proposals, work.weights(proposals))
@@ -161,7 +176,7 @@ class Reconstruction:
 
     def rough(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Plan], float]:
         """What fits a plan to a part of the images, on fewer positions, and gives its loss on others, which the fit never saw."""
-        few = replace(self, least_rows=min(self.least_rows, _ROUGH_ROWS), rows_per_unknown=min(self.rows_per_unknown, _ROUGH_RATIO))
+        few = replace(self.on_fewer_positions(), fit_images=None)
         images = sum(map(images_in, batches))
         held = min(_ROUGH_IMAGES, images // 3)
         learn = few.work(findings, in_parts(batches, findings.graph, _ROUGH_IMAGES, limit=min(_ROUGH_IMAGES, images - held)))

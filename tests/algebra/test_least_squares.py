@@ -95,3 +95,16 @@ def test_data_without_variation_is_solved_all_the_same() -> None:
     found = equations.solve("y", g)
     assert torch.allclose(found.bias, torch.ones(4, dtype=torch.float64))
     assert bool(torch.isfinite(found.weight).all())
+
+
+def test_a_wide_gram_matrix_is_made_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    g, x = geometry(3, groups=2), torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    shares = torch.tensor([1.0, 0.5, 2.0])
+    whole = NormalEquations.empty(g)
+    whole.add(x, {"y": x}, shares=shares)
+    monkeypatch.setattr("fxmerge.algebra.least_squares._BLOCK", 4)
+    blocks = NormalEquations.empty(g)
+    blocks.add(x, {"y": x}, shares=shares)
+    assert whole.gram.shape[-1] == 19
+    torch.testing.assert_close(blocks.gram, whole.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(blocks.gram, blocks.gram.mT, rtol=1e-12, atol=1e-12)

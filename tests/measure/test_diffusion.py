@@ -276,3 +276,15 @@ class TestShares:
         plain, early, late = (Reconstruction(shares=s).settings for s in (None, TimeShares(SIGNAL), TimeShares(1 - SIGNAL)))
         assert len({plain, early, late}) == 3
         assert replace(Reconstruction(), shares=None).settings == Reconstruction().settings
+
+
+def test_candidates_are_told_apart_on_few_images_with_conditions() -> None:
+    fit = Reconstruction(score_images=8, coarse_images=4)
+    scorer = NoisePrediction(images=torch.randn(16, 3, 8, 8), signal=SIGNAL, conditions=(torch.arange(16),), fit=fit)
+    coarse = scorer.coarse()
+    assert coarse is not None
+    assert torch.equal(coarse.images, scorer.images[:4])
+    assert torch.equal(coarse.conditions[0], torch.arange(4))
+    assert coarse.fit == fit.coarse()
+    assert coarse.settings != scorer.settings
+    assert coarse.coarse() is None

@@ -83,7 +83,7 @@ def test_a_scorer_that_gives_nonsense_is_told_and_nothing_is_kept(tables, tmp_pa
     with fxmerge.Store(tmp_path / "tables.db") as store:
         with pytest.raises(fxmerge.InputError, match="the scorer nonsense"):
             fxmerge.measure_importance(findings, proposals, images(8), scorer=Nonsense(), store=store)
-        assert store._connection.execute("SELECT count(*) FROM importance").fetchone() == (0,)
+        assert store._file._connection.execute("SELECT count(*) FROM importance").fetchone() == (0,)
 
 
 def test_what_is_no_scorer_or_executor_is_told(tables) -> None:  # type: ignore[no-untyped-def]
@@ -128,6 +128,18 @@ def test_no_batch_takes_more_than_its_share_of_memory(tables, monkeypatch: pytes
         assert table.loss(name) == pytest.approx(whole.loss(name), rel=1e-3, abs=1e-6)
 
 
+def test_candidates_are_told_apart_by_fits_to_few_images(tables) -> None:  # type: ignore[no-untyped-def]
+    findings, _, _, _ = tables
+    scorer = fxmerge.Reconstruction(score_images=64, coarse_images=4)
+    coarse = scorer.coarse()
+    assert coarse is not None
+    assert (coarse.score_images, coarse.fit_images, coarse.rows_per_unknown) == (4, 32, 4)
+    batches = fxmerge.as_batches(images(64), findings.graph)
+    assert sum(len(batch[0]) for batch in coarse.work(findings, batches).batches) == 32
+    assert sum(len(batch[0]) for batch in scorer.work(findings, batches).batches) == 64
+    assert fxmerge.Reconstruction(score_images=4, coarse_images=4).coarse() is None
+
+
 def test_tasks_hold_every_candidate_once(tables) -> None:  # type: ignore[no-untyped-def]
     findings, proposals, _, _ = tables
     for at_least in (1, 4, 1000):
@@ -139,7 +151,7 @@ def test_tasks_hold_every_candidate_once(tables) -> None:  # type: ignore[no-unt
 def test_the_settings_name_all_that_decides_a_score() -> None:
     base = fxmerge.Reconstruction()
     numbers = {field.name for field in dataclasses.fields(base)} - {"divergence", "shares", "coarse_images", "through", "stay"}
-    changed = [dataclasses.replace(base, **{name: 2 * getattr(base, name) + 1}) for name in numbers]
+    changed = [dataclasses.replace(base, **{name: 2 * (getattr(base, name) or 1) + 1}) for name in numbers]
     assert len({scorer.settings for scorer in (base, *changed)}) == 1 + len(numbers) >= 8
     assert dataclasses.replace(base, through=0, stay=False).settings == base.settings
     assert dataclasses.replace(base, coarse_images=3).settings == base.settings
