@@ -148,7 +148,7 @@ class NormalEquations:
 
     def _add(self, z: Tensor, targets: dict[str, Tensor], counts: Tensor | None) -> None:
         weighted = z if counts is None else z * counts.double().view(1, -1, 1)
-        self.gram += weighted.mT @ z
+        _add_symmetric(self.gram, weighted, z)
         self.rows += z.shape[1]
         for name, y in targets.items():
             grouped = y.double().reshape(len(y), self.geometry.groups, -1).transpose(0, 1)
@@ -170,10 +170,7 @@ class NormalEquations:
         self, name: str, geometry: Geometry, *, ridge: float = 1e-4, prior: Affine | None = None
     ) -> tuple[Affine, Tensor]:
         """:meth:`solve`, and the matrix (C_out, extra) that the numbers constant over space go through."""
-        solution = self.factored(geometry, ridge=ridge).solution(self.targets[name], prior)
-        weights = solution.shape[1] - 1 - self.extra
-        matrix = solution[:, weights:-1].mT.reshape(geometry.out_channels, self.extra)
-        return _affine(geometry, solution, weights), matrix
+        return self.factored(geometry, ridge=ridge).parts(self.targets[name], prior)
 
     def factored(self, geometry: Geometry, *, ridge: float = 1e-4) -> Factored:
         """The damped Gram matrix of a geometry within the covering one, ready for any number of right-hand sides."""
@@ -255,6 +252,13 @@ class Factored:
     def affine(self, right: Tensor, prior: Affine | None = None) -> Affine:
         """:meth:`solution` as a map; there are no numbers constant over space."""
         return _affine(self.geometry, self.solution(right, prior), self.weights)
+
+    def parts(self, right: Tensor, prior: Affine | None = None) -> tuple[Affine, Tensor]:
+        """:meth:`solution` as a map, and the matrix (C_out, extra) that the numbers constant over space go through."""
+        solution = self.solution(right, prior)
+        extra = solution.shape[1] - 1 - self.weights
+        matrix = solution[:, self.weights : -1].mT.reshape(self.geometry.out_channels, extra)
+        return _affine(self.geometry, solution, self.weights), matrix
 
 
 def _add_symmetric(total: Tensor, left: Tensor, right: Tensor) -> None:

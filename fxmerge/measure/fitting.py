@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxmerge.algebra.affine import Affine, pointwise
-from fxmerge.algebra.least_squares import NormalEquations, covering, unknowns
+from fxmerge.algebra.least_squares import Factored, NormalEquations, covering, unknowns
 from fxmerge.algebra.through import Rows
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Proposal
@@ -47,7 +47,11 @@ class Fitting(Substitution):
         fitted = [c for p in proposals for c in p.candidates if c.kind == "fitted"]
         equations = self._equations(fitted, self._twice())
         self.starved += [(unknowns(c.geometry) / max(1, equations[_key(c)].rows), c) for c in fitted]
-        maps = {name: part for c in fitted for name, part in self._solved(equations[_key(c)], c).items()}
+        maps: dict[str, Affine] = {}
+        for (key, geometry), members in _alike(fitted).items():
+            factored = equations[key].factored(geometry, ridge=self.options.ridge)
+            for candidate in members:
+                maps.update(self._solved(equations[key], candidate, factored))
         maps.update(self._moved([c for c in fitted if c.moved], maps, self._twice()))
         for proposal in proposals:
             maps.update({c.id: self.composed(proposal.segment, c) for c in proposal.candidates if c.kind == "composed"})
@@ -126,9 +130,10 @@ class Fitting(Substitution):
     def _numbers_of_sides(self, candidate: Candidate) -> int:
         return sum(math.prod((facts(self.replay.named[name]).shape or ())[1:]) for name in candidate.sides)
 
-    def _solved(self, equations: NormalEquations, candidate: Candidate) -> dict[str, Affine]:
+    def _solved(self, equations: NormalEquations, candidate: Candidate, factored: Factored) -> dict[str, Affine]:
         """The convolution of a fitted candidate, and the matrix of each of its side inputs."""
-        affine, matrix = equations.solve_with_sides(candidate.exit, candidate.geometry, ridge=self.options.ridge)
+        ready = replace(factored, geometry=candidate.geometry)
+        affine, matrix = ready.parts(equations.targets[candidate.exit])
         sizes = [math.prod((facts(self.replay.named[name]).shape or ())[1:]) for name in candidate.sides]
         parts = zip(candidate.sides, matrix.split(sizes, 1) if sizes else (), strict=True)
         dims = len(candidate.geometry.axes)
@@ -154,7 +159,8 @@ class Fitting(Substitution):
             return {}
         activation = self._behind(merge) if self.options.through and not merge.sides and not merge.moved else None
         if activation is None:
-            maps = self._solved(self._equations([merge], pairs)[_key(merge)], merge)
+            equations = self._equations([merge], pairs)[_key(merge)]
+            maps = self._solved(equations, merge, equations.factored(merge.geometry, ridge=self.options.ridge))
             return {**maps, **(self._moved([merge], maps, pairs) if merge.moved else {})}
         rows = Rows(merge.geometry, self.options.memory_bytes // 4)
         equations = self._equations([merge], pairs, rows)[_key(merge)]
@@ -185,6 +191,16 @@ def _key(candidate: Candidate) -> _Key:
     geometry = candidate.geometry
     excess = tuple(axis.excess for axis in geometry.axes)
     return candidate.entry, geometry.stride, geometry.up, excess, geometry.groups, candidate.sides
+
+
+def _alike(fitted: Sequence[Candidate]) -> dict[tuple[_Key, Geometry], list[Candidate]]:
+    """Candidates that one factor of their normal equations solves for: those that differ in their exits alone."""
+    found: dict[tuple[_Key, Geometry], list[Candidate]] = {}
+    for candidate in fitted:
+        found.setdefault((_key(candidate), replace(candidate.geometry, out_channels=candidate.geometry.groups)), []).append(
+            candidate
+        )
+    return found
 
 
 def held_bytes(candidate: Candidate) -> int:

@@ -63,11 +63,11 @@ class Reconstruction:
     """
 
     ridge: float = 1e-4
-    rows_per_unknown: int = 16
+    rows_per_unknown: int = 8
     least_rows: int = 16384
     divergence: Divergence | None = None
     shares: Callable[[Batch], Tensor] | None = None
-    score_images: int = 256
+    score_images: int = 64
     fit_images: int | None = None
     coarse_images: int = 16
     hopeless: float = 1.0

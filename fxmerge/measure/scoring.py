@@ -153,6 +153,10 @@ def score(
     return ImportanceTable({**first, **second})
 
 
+#: At least so many tasks, where there are so many tensors that candidates start at: what is lost with one that is killed.
+_TASKS = 16
+
+
 def _count(proposals: Iterable[Proposal]) -> int:
     return sum(len(proposal.candidates) for proposal in proposals)
 
@@ -197,7 +201,11 @@ class _Work:
         exact = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact and c.id not in held}
         left = narrowed(proposals, lambda candidate: candidate.id not in held and not candidate.exact)
         found = {**held, **exact}
-        tasks = [_Task(tuple(task)) for task in scorer.tasks(self.findings, left, 4 * self.executor.workers)] if left else []
+        tasks = (
+            [_Task(tuple(task)) for task in scorer.tasks(self.findings, left, max(_TASKS, 4 * self.executor.workers))]
+            if left
+            else []
+        )
         done = before + len(found)
         self.progress(done, total)
         with contextlib.closing(self._run(scorer, tasks)) as results:
