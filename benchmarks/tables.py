@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables --network resnet34 --network mobilenet_v2 --network unet --images 256 --store tables.db
 
-Weights are random: they do not matter for time. For each of three budgets the plan is built and timed beside the folded original:
+Weights are random: they do not matter for time; norms have the statistics of noise. For each of three budgets the plan is built and timed beside the folded original:
 predicted and measured latency before any correction, then after each round of measure, correct, solve again. Run it again with the
 same store and what was measured is not measured again. `--screening` tells what scoring the less promising candidates on few images
 only costs: it scores all on all images as well, and compares the fronts.
@@ -56,22 +56,30 @@ def main() -> None:
     deliver("\n\n".join((_title(options), *parts)), options.out)
 
 
-def network(name: str) -> nn.Module:
-    """A network of random weights."""
+def network(name: str, size: int = 224) -> nn.Module:
+    """A network of random weights, its norms with the statistics of noise: else nothing would come through, and all losses be 0."""
     torch.manual_seed(0)
+    made: nn.Module
     if name == "unet":
         import segmentation_models_pytorch as smp
 
-        made: nn.Module = smp.Unet("resnet18", encoder_weights=None, classes=8)
-        return made.eval()
-    return torchvision.models.get_model(name, weights=None).eval()
+        made = smp.Unet("resnet18", encoder_weights=None, classes=8)
+    else:
+        made = torchvision.models.get_model(name, weights=None)
+    made.train()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        made(torch.randn(16, 3, size, size))
+    return made.eval()
 
 
 def run(name: str, options: argparse.Namespace) -> str:
     """One network's tables as Markdown."""
     seconds: dict[str, float] = {}
 
-    model = network(name)
+    model = network(name, options.size)
     example = torch.randn(options.batch, 3, options.size, options.size)
     images = torch.randn(options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
     target = fxmerge.Target(channels_last=options.channels_last, backend=options.backend)
