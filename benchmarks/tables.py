@@ -2,10 +2,10 @@
 
     python -m benchmarks.tables --network resnet34 --network mobilenet_v2 --network unet --images 256 --store tables.db
 
-Weights are random: they do not matter for time; norms have the statistics of noise. For each of three budgets the plan is built and timed beside the folded original:
-predicted and measured latency before any correction, then after each round of measure, correct, solve again. Run it again with the
-same store and what was measured is not measured again. `--screening` tells what scoring the less promising candidates on few images
-only costs: it scores all on all images as well, and compares the fronts.
+Weights are random: they do not matter for time; norms have the statistics of noise. For each of three budgets the plan is built and
+timed beside the folded original: predicted and measured latency before any correction, then after each round of measure, correct,
+solve again. Run it again with the same store and what was measured is not measured again. `--screening` tells what scoring the less
+promising candidates on few images only costs: it scores all on all images as well, and compares the fronts.
 """
 
 from __future__ import annotations
