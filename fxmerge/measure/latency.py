@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.algebra.module import convolution
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.geometry import Axis, Geometry
-from fxmerge.core.region import Unit
+from fxmerge.core.region import Chain, Unit
 from fxmerge.core.segment import Candidate, Proposal
 from fxmerge.core.table import LatencyTable, Measurement, Target
 from fxmerge.errors import InputError, StoreError
@@ -29,8 +29,9 @@ from fxmerge.graph.layout import turn
 from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
+from fxmerge.measure.inside import nanoseconds_inside
 from fxmerge.measure.store import Store, place_of
-from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, alone_on, versions
+from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, alone_on, summary, versions
 from fxmerge.operators import Operators, default_operators, is_linear, norm_behind, write_map
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT
@@ -102,7 +103,54 @@ def measure_latency(
     if original.median_ns < 1:
         raise InputError(f"the timer {type(timer).__name__} says that the whole network takes 0 ns; it must take some")
     nothing = Measurement(0, 0, 0, target, original.versions)
-    return LatencyTable({key: measurements.get(key, nothing) for key in work}, candidates, units, original)
+    inside = _inside(findings, whole, whole_key, timer, target, store)
+    known = {key: measurements.get(key, nothing) for key in work} | dict(inside.values())
+    ends = {end: key for end, (key, _) in inside.items()}
+    return LatencyTable(known, candidates, units, original, ends, _replaced(findings.region, proposals) if ends else {})
+
+
+def _inside(
+    findings: Findings, whole: Timed, whole_key: str, timer: Timer, target: Target, store: Store | None
+) -> dict[str, tuple[str, Measurement]]:
+    """For every unit its key and the time of its nodes inside of the running network, where that can be had: eager, on a CPU."""
+    if not isinstance(timer, InterleavedTimer) or target.backend != "eager" or torch.device(target.device).type != "cpu":
+        return {}
+    assert isinstance(whole.module, GraphModule)
+    there = {node.name for node in whole.module.graph.nodes}
+    nodes = {unit.end: [name for name in unit.nodes if name in there] for unit in findings.region.walk()}
+    keys = {end: f"inside {whole_key}: {' '.join(names)}" for end, names in nodes.items() if names}
+    place = place_of(target, facts := versions(target), timer.settings)
+    held = store.latencies(place, target, list(keys.values())) if store is not None else {}
+    if not all(key in held for key in keys.values()):
+        with alone_on(target.device):
+            taken = nanoseconds_inside(
+                whole.module, whole.inputs, target, rounds=timer.rounds, warmup=timer.warmup, clock=timer.clock
+            )
+        for end, key in keys.items():
+            samples = [sum(taken[name][number] for name in nodes[end] if name in taken) for number in range(timer.rounds)]
+            held[key] = summary(samples, target, facts)
+            if store is not None:
+                store.add_latency(place, key, held[key])
+    return {end: (key, held[key]) for end, key in keys.items()}
+
+
+def _replaced(region: Unit, proposals: Sequence[Proposal]) -> dict[str, tuple[str, ...]]:
+    """The units, those within units too, that each candidate stands for, by their ends."""
+    chains: dict[str, list[tuple[Chain, dict[str, int]]]] = {}
+    for unit in region.walk():
+        for chain in unit.children:
+            place = {cut: number for number, cut in enumerate(chain.cuts)}
+            for cut in chain.cuts:
+                chains.setdefault(cut, []).append((chain, place))
+    found: dict[str, tuple[str, ...]] = {}
+    for proposal in proposals:
+        entry, end = proposal.segment.entry, proposal.segment.end
+        for chain, place in chains.get(entry, ()):
+            if place[entry] < place.get(end, 0):
+                units = chain.units[place[entry] : place[end]]
+                ends = tuple(below.end for unit in units for below in unit.walk())
+                found.update({candidate.id: ends for candidate in proposal.candidates})
+    return found
 
 
 def _timed(

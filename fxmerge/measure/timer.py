@@ -147,7 +147,7 @@ class InterleavedTimer:
         tell = progress or (lambda done, total: None)
         total = len(modules) * (1 + self.rounds)
         subjects: list[_Subject] = []
-        with _settings(target), alone_on(target.device):
+        with running_on(target), alone_on(target.device):
             bench = _Bench(self, target, _noise(modules, target, self.seed))
             for index, timed in enumerate(modules):
                 subjects.append(bench.subject(index, timed))
@@ -160,7 +160,7 @@ class InterleavedTimer:
                 unsteady = [s for s in subjects if s.spread > self.steady_spread * s.median]
                 bench.round([s for s in unsteady if number < s.rounds and s.wants(s.rounds + number)], number)
             facts = versions(target)
-        return tuple(Measurement(s.median, s.spread, len(s.samples), target, facts) for s in subjects)
+        return tuple(summary(s.samples, target, facts) for s in subjects)
 
 
 def compare(modules: Sequence[Timed], *, target: Target, rounds: int = 15) -> tuple[Measurement, ...]:
@@ -202,14 +202,27 @@ class _Subject:
 
     @property
     def median(self) -> int:
-        return math.ceil(statistics.median(self.samples))
+        return _median(self.samples)
 
     @property
     def spread(self) -> int:
-        if len(self.samples) < 2:
-            return 0
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return math.ceil(high - low)
+        return _spread(self.samples)
+
+
+def summary(samples: Sequence[int], target: Target, facts: Mapping[str, str]) -> Measurement:
+    """Samples, in nanoseconds, as a measurement; ``facts`` from :func:`versions`."""
+    return Measurement(_median(samples), _spread(samples), len(samples), target, facts)
+
+
+def _median(samples: Sequence[int]) -> int:
+    return math.ceil(statistics.median(samples))
+
+
+def _spread(samples: Sequence[int]) -> int:
+    if len(samples) < 2:
+        return 0
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return math.ceil(high - low)
 
 
 class _Bench:
@@ -356,7 +369,7 @@ def prepare(module: nn.Module, inputs: Inputs, target: Target) -> tuple[Run, Inp
     >>> image.dtype, image.stride()
     (torch.bfloat16, (768, 1, 48, 3))
     """
-    with _settings(target):
+    with running_on(target):
         ready = _converted(module, target)
         moved = _each_tensor(lambda tensor: _moved(tensor, target), inputs)
         return (ready if target.backend == "eager" else _compiled(ready, moved, target.backend)), moved
@@ -371,7 +384,7 @@ def versions(target: Target) -> dict[str, str]:
 
 
 @contextmanager
-def _settings(target: Target) -> Iterator[None]:
+def running_on(target: Target) -> Iterator[None]:
     """No gradients, the target's threads and GPU; afterwards all as it was. InputError if the target cannot be had."""
     device = _device(target)
     threads = torch.get_num_threads()
