@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.saved import _digest
+from fxmerge.core.tensors import checksum
 from fxmerge.testing import assert_equivalent
 from tests.fakes import PriceTimer
 from tests.small import images, network
@@ -43,7 +43,7 @@ def forged(saved: Path, to: Path, change: Callable[[Any], Any]) -> Path:
         about = json.loads(file.metadata()["about"])
     tensors, text = load_file(path), json.dumps(change(about) or about)
     to.mkdir()
-    save_file(tensors, to / path.name, metadata={"about": text, "sha256": _digest(text, tensors)})
+    save_file(tensors, to / path.name, metadata={"about": text, "sha256": checksum(text, tensors)})
     return to
 
 
@@ -197,7 +197,7 @@ def test_a_description_that_makes_no_sense_is_told(
 
 def test_a_description_nested_too_deep_is_told(tmp_path: Path) -> None:
     text = "[" * 100_000
-    save_file({}, tmp_path / "student.safetensors", metadata={"about": text, "sha256": _digest(text, {})})
+    save_file({}, tmp_path / "student.safetensors", metadata={"about": text, "sha256": checksum(text, {})})
     with pytest.raises(fxmerge.PlanError, match="damaged: RecursionError"):
         fxmerge.load(tmp_path, model=network())
 
