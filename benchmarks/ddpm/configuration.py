@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffusers
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import fxmerge
 from benchmarks.ddpm.networks import cifar_unet
 from benchmarks.ddpm.sampling import Ratio, ddim, noise, seconds_in_turn
+from benchmarks.made_up import MadeUp
 from benchmarks.numbered import convolutions, expressed, fastest_within, loss_of, norm_behind
 from benchmarks.stages import timed
 from fxmerge.core.plan import Plan
@@ -61,24 +62,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="also write the report to this file")
 
 
-class MadeUp:
-    """Losses counted, not measured: one for every activation taken out, one for every convolution pruned or dropped."""
-
-    settings = "made up 1"
-
-    def tasks(
-        self, findings: fxmerge.Findings, proposals: Sequence[fxmerge.Proposal], at_least: int
-    ) -> Sequence[Sequence[fxmerge.Proposal]]:
-        return [proposals]
-
-    def prepare(
-        self, findings: fxmerge.Findings, batches: object
-    ) -> Callable[[Sequence[fxmerge.Proposal]], dict[str, fxmerge.Importance]]:
-        return lambda proposals: {
-            c.id: fxmerge.Importance(_counted(p.segment, c), 1, "made up") for p in proposals for c in p.candidates
-        }
-
-
 def _counted(segment: fxmerge.Segment, candidate: fxmerge.Candidate) -> float:
     """A fitted kernel that is smaller than what it stands for counts as if convolutions of 3x3 were pruned from it."""
     if candidate.exact:
@@ -109,7 +92,7 @@ def run(options: argparse.Namespace) -> str:
             )
         useful = fxmerge.worthwhile(proposals, latency, findings.region)
         recorded = trajectory(model, o.images, o.device, dtype) if o.losses == "reconstruction" else [inputs(2, o.device, dtype)]
-        scorer = MadeUp() if o.losses == "made-up" else _reconstruction(o)
+        scorer = MadeUp("made up 1", _counted) if o.losses == "made-up" else _reconstruction(o)
         with timed(seconds, "importance table"):
             importance = fxmerge.measure_importance(
                 findings, useful, recorded, scorer=scorer, latency=latency, store=store, progress=bars("importance")

@@ -2,7 +2,7 @@
 
 glibc hands large tensors back to the system when they are freed, and the next layer's are mapped, page by page, again. Whether it
 does depends on sizes and on what the process did before, so that the same network takes different times in different processes.
-mobilenet_v2, batch 8, 224 pixels, 2 threads, folded, torch 2.15, in one process each:
+mobilenet_v2, batch 8, 224 pixels, 2 threads, folded, torch 2.15, timed by hand, in one process each:
 
     as it is                                                     101 ms in one process, 146 ms in another
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736         72 ms

@@ -237,7 +237,7 @@ class _Bench:
         name = textwrap.shorten(repr(timed.module), 80)
         with _blame(index, name):
             run, sources = prepare(timed.module, tuple(map(self._source, timed.inputs)), self.target)
-            fresh = _copies(sources)
+            fresh = copies(sources)
             if self.on_gpu and self.timer.cuda_graphs:
                 run, fresh = self._captured(run, sources)
         earlier = list(self.timer.log.earlier(index)) if self.timer.log is not None else []
@@ -320,7 +320,8 @@ def _noise(modules: Sequence[Timed], target: Target, seed: int) -> torch.Tensor:
     return noise.to(target.device, DTYPES[target.dtype])
 
 
-def _copies(sources: Inputs) -> Callable[[], Inputs]:
+def copies(sources: Inputs) -> Callable[[], Inputs]:
+    """What gives the inputs anew, their tensors copied."""
     return lambda: _each_tensor(torch.Tensor.clone, sources)
 
 
@@ -463,7 +464,7 @@ def _compiled(module: nn.Module, inputs: Inputs, backend: str) -> Run:
     run: Run = torch.compile(forward, backend=backend, dynamic=False)
     # Freezing is looked up while tracing, that is on the first call: an option of torch.compile would come too late.
     with torch._inductor.config.patch(freezing=True) if backend == "inductor" else nullcontext():
-        run(*_copies(inputs)())
+        run(*copies(inputs)())
     return run
 
 

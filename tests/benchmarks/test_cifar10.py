@@ -17,7 +17,7 @@ import fxmerge
 from benchmarks import cifar10, contest, networks, rivals
 from benchmarks.batches import Augmented, moved
 from benchmarks.kept import Kept
-from tests.benchmarks.made_up import MadeUp
+from benchmarks.made_up import MadeUp
 from tests.fakes import PriceTimer
 
 CLASSES = [f"class{number}" for number in range(10)]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import fxmerge
 from benchmarks import imagenet
-from tests.benchmarks.made_up import MadeUp
+from benchmarks.made_up import MadeUp
 from tests.fakes import PriceTimer
 
 

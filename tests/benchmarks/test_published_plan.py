@@ -12,8 +12,8 @@ from torch import nn
 
 import fxmerge
 from benchmarks import published_plan
+from benchmarks.made_up import MadeUp
 from fxmerge.testing import assert_equivalent
-from tests.benchmarks.made_up import MadeUp
 from tests.fakes import PriceTimer
 
 
