@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from fxmerge.core.table import Target
 from fxmerge.graph.edit import free_target
-from fxmerge.measure.timer import Inputs, copies, prepare, running_on
+from fxmerge.measure.running import Inputs, copies, prepare, running_on
 
 
 class _Mark(nn.Module):

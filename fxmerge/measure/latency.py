@@ -30,8 +30,9 @@ from fxmerge.graph.meta import facts, record
 from fxmerge.graph.query import module_of, node_named
 from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.inside import nanoseconds_inside
+from fxmerge.measure.running import alone_on, versions
 from fxmerge.measure.store import Store, place_of
-from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, alone_on, summary, versions
+from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, summary
 from fxmerge.operators import Operators, default_operators, is_linear, norm_behind, write_map
 from fxmerge.passes.base import Sequential
 from fxmerge.passes.drop_repeated import IDEMPOTENT

@@ -30,7 +30,6 @@ one of least loss and the one of least amount always stay.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from fxmerge.core.plan import ParetoFront
 from fxmerge.core.region import Chain, Unit
@@ -54,6 +52,7 @@ from fxmerge.solve.objective import LIMIT as _LIMIT
 from fxmerge.solve.objective import NANO as _NANO
 from fxmerge.solve.objective import Objective, Prices, price
 from fxmerge.solve.space import SpaceName, restrict
+from fxmerge.solve.thinning import thinned, thinned_in_three
 
 MAX_POINTS = 4096  # 150 units with 8 candidates each reach some 1,500 points; 1,000 with 10 each take 3 s at this bound
 _TICK = 1 << 20  # 1 ns, as an integer; the bits below count merges, so that among equal plans the fewest sort first
@@ -284,9 +283,10 @@ def _best(parts: Sequence[tuple[_Front, _Front]], rule: _Rule) -> _Front:
     surplus = max(joined(left.surplus, right.surplus) for left, right in parts)
     if rule.max_points is not None and len(origin) > rule.max_points:
         if rule.second is None:
-            kept, gap = _thin(cost[1], rule.max_points)
+            kept, gap = thinned(cost[1], rule.max_points)
         else:
-            kept, gap, more = _thin_in_three(cost, rule.max_points)
+            latency, merges = np.divmod(cost[0], _TICK)
+            kept, gap, more = thinned_in_three(latency, cost[1], cost[2], merges, rule.max_points)
             surplus += more
         cost, origin, slack = cost[:, kept], origin[kept], slack + gap
     return _Front(cost, _Trace(origin, tuple((left.trace, right.trace) for left, right in parts)), slack, surplus)
@@ -303,54 +303,6 @@ def _prune(pending: Sequence[tuple[_Ints, _Ints]]) -> tuple[_Ints, _Ints]:
     else:
         order = unbeaten_of_three(cost[0] // _TICK, cost[2], cost[1], cost[0] % _TICK)
     return cost[:, order], origin[order]
-
-
-def _thin(loss: _Ints, max_points: int) -> tuple[_Ints, int]:
-    """Of a front too long, the points to keep, and how much worse than a dropped one its stand-in is at most.
-
-    The range of losses is cut into equal buckets, as narrow as the number allows; the fastest of each bucket stands in
-    for the rest of it. The point of least loss stays as well.
-    """
-    depth = loss[0] - loss
-
-    def opens(width: int) -> npt.NDArray[np.bool_]:
-        bucket = depth // width
-        return np.append(True, bucket[1:] > bucket[:-1])
-
-    narrow, wide = 0, int(depth[-1]) // (max_points - 1) + 1  # so wide, there are max_points - 1 at most
-    while wide - narrow > max(1, wide >> 4):
-        width = (narrow + wide) // 2
-        narrow, wide = (narrow, width) if np.count_nonzero(opens(width)) < max_points else (width, wide)
-    kept = opens(wide)
-    stand_in = np.maximum.accumulate(np.where(kept, np.arange(len(loss)), 0))
-    kept[-1] = True
-    return np.flatnonzero(kept), int((loss[stand_in] - loss)[~kept].max())
-
-
-def _thin_in_three(cost: _Ints, max_points: int) -> tuple[_Ints, int, int]:
-    """Of a front too long, the points to keep, and how much worse, and how much more, a stand-in is at most.
-
-    Losses and amounts are taken for those of their buckets, as many of each as leave few enough points that no other beats.
-    """
-    latency, loss, amount = cost[0] // _TICK, cost[1], cost[2]
-    depth, above = loss - loss.min(), amount - amount.min()
-    ends = np.unique([int(np.argmin(loss)), int(np.argmin(amount)), 0])
-
-    def stay(buckets: int) -> tuple[_Ints, int, int]:
-        wide, tall = int(depth.max()) // buckets + 1, int(above.max()) // buckets + 1
-        kept = unbeaten_of_three(latency, above // tall, depth // wide, cost[0] % _TICK)
-        return np.union1d(kept, ends), wide - 1, tall - 1
-
-    few = max(1, math.isqrt(max_points - len(ends)))  # so few, there are no more cells than points allowed
-    best = stay(few)
-    step = few
-    while step > few >> 2:
-        tried = stay(few + step)
-        if len(tried[0]) <= max_points:
-            best, few, step = tried, few + step, 2 * step
-        else:
-            step //= 2
-    return best
 
 
 def _choose(trace: _Trace, point: int) -> tuple[int, ...]:

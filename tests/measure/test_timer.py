@@ -14,7 +14,8 @@ from torch import nn
 from fxmerge.core.table import Target
 from fxmerge.errors import InputError, MeasurementError
 from fxmerge.measure import timer as room
-from fxmerge.measure.timer import InterleavedTimer, Progress, Timed, compare, prepare, versions
+from fxmerge.measure.running import prepare, versions
+from fxmerge.measure.timer import InterleavedTimer, Progress, Timed, compare
 
 SHAPE = (1, 2, 4, 4)
 MS = 1_000_000
