@@ -5,8 +5,13 @@ The loss of a network on a clean image x, at time step t, with noise e:
     x_t = sqrt(a_t) x + sqrt(1 - a_t) e        loss = mean over pixels of (network(x_t, t) - target)^2
 
 with a_t the product of 1 - beta up to t, and the target e (``epsilon``), x (``sample``) or sqrt(a_t) e - sqrt(1 - a_t) x
-(``v_prediction``). A candidate's score is its loss less that of the original on the same images, time steps and noise: paired so,
-differences show on few images. Time steps are stratified: of n images, image i has one from the i-th of n equal parts of all.
+(``v_prediction``). A candidate's score is how much it adds to the loss of the original on the same images, time steps and noise.
+Time steps are stratified: of n images, image i has one from the i-th of n equal parts of all. With d the change of the prediction,
+
+    loss of the candidate - loss of the original = mean of d^2  +  2 mean of d (original - target)
+
+where the second term has mean 0 for an original that predicts as well as can be, the target's mean given x_t: what is left of the
+target then goes with no function of x_t. On few images it hides the first; so it is left out, by default.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from fxmerge.measure.digests import data_digest
 from fxmerge.measure.reconstruction import Reconstruction
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
+Against = Literal["original", "target"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,8 @@ class NoisePrediction:
         signal: a_t for every time step, (T,), falling from nearly 1; a scheduler's ``alphas_cumprod``.
         conditions: further arguments, one entry for every image: class labels, text embeddings.
         prediction: what the network predicts.
+        against: ``original`` scores by the mean of d^2, from 0 on; ``target`` by the loss less the original's, which may be
+            negative, and which takes many images to tell good candidates apart.
         fit: what weights candidates get, from the calibration data.
         seed: of time steps and noise.
 
@@ -55,12 +63,14 @@ class NoisePrediction:
     signal: Tensor
     conditions: Sequence[Tensor] = ()
     prediction: Prediction = "epsilon"
+    against: Against = "original"
     fit: Reconstruction = field(default_factory=Reconstruction)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(Prediction):
-            raise InputError(f"prediction must be one of {', '.join(get_args(Prediction))}, found {self.prediction!r}")
+        for name, possible in (("prediction", get_args(Prediction)), ("against", get_args(Against))):
+            if (given := getattr(self, name)) not in possible:
+                raise InputError(f"{name} must be one of {', '.join(possible)}, found {given!r}")
         for name, values in (("images", (self.images,)), ("signal", (self.signal,)), ("conditions", self.conditions)):
             for value in values:
                 if not isinstance(value, Tensor):
@@ -74,7 +84,9 @@ class NoisePrediction:
     @property
     def settings(self) -> str:
         data = data_digest([(self.images, self.signal, *self.conditions)])
-        return f"noise prediction={self.prediction} seed={self.seed} holdout={data} fit=({self.fit.settings})"
+        return (
+            f"noise prediction={self.prediction} against={self.against} seed={self.seed} holdout={data} fit=({self.fit.settings})"
+        )
 
     def tasks(self, findings: Findings, proposals: Sequence[Proposal], at_least: int) -> Sequence[Sequence[Proposal]]:
         """As they are fitted."""
@@ -122,12 +134,14 @@ class NoisePrediction:
             with torch.inference_mode():
                 for batch, target in self._in_parts(findings, work.images_at_once()):
                     env = work.original(batch)
-                    before = _losses(env[work.replay.output], target)
+                    original = _predicted(env[work.replay.output], target)
+                    wanted = original if self.against == "original" else target
+                    before = _errors(original, wanted)
                     count += len(target)
                     for segment, candidate in pairs:
                         value = work.replay.computed(work.replacement(segment, candidate, maps), env)
                         changed = work.replay.output_with(env, candidate.exit, value)
-                        sums[candidate.id] += float((_losses(changed, target) - before).sum())
+                        sums[candidate.id] += float((_errors(_predicted(changed, target), wanted) - before).sum())
             return {name: Importance(bounded(total / count), count, "noise prediction") for name, total in sums.items()}
 
         return scoring
@@ -137,13 +151,18 @@ class NoisePrediction:
             yield from zip(in_parts([batch], findings.graph, images), target.split(images), strict=True)
 
 
-def _losses(output: Any, target: Tensor) -> Tensor:
-    """(N,), float64."""
+def _predicted(output: Any, target: Tensor) -> Tensor:
+    """What the network says of the target: the first tensor of its output."""
     found = next((leaf for leaf in leaves(output) if isinstance(leaf, Tensor)), None)
     if found is None or found.shape != target.shape:
         shape = None if found is None else tuple(found.shape)
         raise InputError(f"the network's first output is of shape {shape}, and what it should predict of {tuple(target.shape)}")
-    return (found.double() - target.double()).pow(2).flatten(1).mean(1)
+    return found
+
+
+def _errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """(N,), float64."""
+    return (found.double() - wanted.double()).pow(2).flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

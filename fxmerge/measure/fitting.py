@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,22 +22,41 @@ from fxmerge.graph.meta import facts
 from fxmerge.measure.calibration import images_in, shared_out
 from fxmerge.measure.channel_sums import ChannelSums
 from fxmerge.measure.refit import Pair
-from fxmerge.measure.substitution import Substitution
+from fxmerge.measure.substitution import Limits, Substitution
 from fxmerge.operators import Activation, Site
-
-if TYPE_CHECKING:
-    from fxmerge.measure.reconstruction import Reconstruction
 
 #: Candidates that share normal equations: one entry, one stride, one factor of upsampling, one output size, one number of groups,
 #: the same side inputs.
 _Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[str, ...]]
 
 
+class FitOptions(Limits, Protocol):
+    """What decides weights; see :class:`fxmerge.Reconstruction`."""
+
+    @property
+    def ridge(self) -> float: ...
+
+    @property
+    def rows_per_unknown(self) -> int: ...
+
+    @property
+    def least_rows(self) -> int: ...
+
+    @property
+    def fit_images(self) -> int | None: ...
+
+    @property
+    def through(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
 @dataclass
 class Fitting(Substitution):
     """Weights for candidates of one network, from one calibration set."""
 
-    options: Reconstruction
+    options: FitOptions
     starved: list[tuple[float, Candidate]] = field(init=False, default_factory=list)
     worst_starved: float = field(init=False, default=1.0)
 

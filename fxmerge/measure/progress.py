@@ -40,5 +40,9 @@ class Bars:
                 self._bars.append(bar)
             bar.total = total
             bar.update(done - bar.n)
+            if done >= total:  # its line is free for the next stage
+                self._bars.remove(bar)
+                bar.close()
+                bar = None
 
         return update

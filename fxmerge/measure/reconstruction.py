@@ -191,6 +191,8 @@ class Reconstruction:
 class _Work(Fitting):
     """One run of the scorer over one network and one calibration set."""
 
+    options: Reconstruction
+
     def fit(self, plan: Plan, progress: Progress | None = None) -> dict[str, Affine]:
         """Weights for a whole plan."""
         with Shelf(self.options.memory_bytes) as shelf:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,15 @@ from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.operators import norm_behind, read_maps
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
 
-if TYPE_CHECKING:
-    from fxmerge.measure.reconstruction import Reconstruction
+
+class Limits(Protocol):
+    """What bounds the memory, and how images count; see :class:`fxmerge.Reconstruction`."""
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    @property
+    def shares(self) -> Callable[[Batch], Tensor] | None: ...
 
 
 @dataclass
@@ -41,7 +48,7 @@ class Substitution:
         batches: calibration data; cut so that all tensors of a batch fit into the memory limit.
     """
 
-    options: Reconstruction
+    options: Limits
     findings: Findings
     batches: Sequence[Batch]
     folded: GraphModule = field(init=False)

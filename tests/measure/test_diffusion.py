@@ -95,24 +95,28 @@ class TestTheHoldOut:
         assert sum(len(noise) for _, noise in batches) == 12
 
 
+@pytest.mark.parametrize("against", ["target", "original"])
 @pytest.mark.parametrize("labels", [False, True])
-def test_a_score_is_the_loss_of_the_merged_network_less_that_of_the_original(labels: bool) -> None:
+def test_a_score_is_what_the_merged_network_adds_to_the_loss(labels: bool, against: Any) -> None:
     network, conditions = model(labels), (torch.arange(12) % 5,) if labels else ()
     findings, proposals = searched(network, clean(2), torch.tensor([1, 2]), *(c[:2] for c in conditions))
-    scorer = NoisePrediction(images=clean(), signal=SIGNAL, conditions=conditions)
+    scorer = NoisePrediction(images=clean(), signal=SIGNAL, conditions=conditions, against=against)
     calibration = (*data(12), *conditions)
     table = measure_importance(findings, proposals, [calibration], scorer=scorer)
     [(given, noise)] = scorer.holdout(findings)
 
-    def loss(graph: nn.Module) -> float:
+    def change(graph: nn.Module) -> float:
         with torch.no_grad():
-            return float((graph(*given) - noise).pow(2).mean())
+            before, after = network(*given), graph(*given)
+        if against == "original":
+            return float((after - before).pow(2).mean())
+        return float((after - noise).pow(2).mean() - (before - noise).pow(2).mean())
 
     for candidate in [c for p in proposals for c in p.candidates][::3]:
         plan = Plan(findings.fingerprint, (candidate,))
         weights = fxmerge.fit(findings, plan, [calibration], scorer=Reconstruction().alone())
         merged = fxmerge.fuse(fxmerge.linearize(fxmerge.annotate(findings.graph, plan), weights=weights))
-        assert table.loss(candidate.id) == pytest.approx(loss(merged) - loss(network), rel=1e-6, abs=1e-9), candidate.id
+        assert table.loss(candidate.id) == pytest.approx(change(merged), rel=1e-6, abs=1e-9), candidate.id
         assert table.candidates[candidate.id].scorer == "noise prediction"
 
 
@@ -136,6 +140,7 @@ def test_it_serves_compress_and_other_processes() -> None:
     ("options", "text"),
     [
         ({"prediction": "noise"}, "prediction must be one of epsilon, sample, v_prediction, found 'noise'"),
+        ({"against": "noise"}, "against must be one of original, target, found 'noise'"),
         ({"images": [0.0]}, "images must be given as tensors, found list"),
         ({"signal": [0.9, 0.1]}, "signal must be given as tensors, found list"),
         ({"signal": torch.zeros(0)}, r"signal must hold a number from 0 to 1 for every time step, found \(0,\)"),

@@ -20,6 +20,19 @@ def test_a_bar_says_what_is_done_of_how_much_and_how_long_it_will_take(capsys: p
     assert "00:00<" in shown  # time taken, and time left
 
 
+def test_a_stage_that_is_done_leaves_its_line_to_the_next(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bars(True) as bars:
+        for number in range(40):
+            told = bars(f"stage {number}")
+            told(1, 2)
+            told(2, 2)
+        told(1, 2)  # another round of the last
+    shown = capsys.readouterr().err
+    assert "\x1b[A" not in shown  # no line above the lowest
+    assert "more hidden" not in shown
+    assert shown.count("2/2") == 40
+
+
 def test_without_them_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars(False) as bars:
         told = bars("latency")
