@@ -4,8 +4,8 @@
     python -m benchmarks.ddpm cifar-configuration --device cuda --dtype bfloat16 --batch 128 --backends eager inductor --store g.db
 
 Weights are random, which changes no time. Losses are those of the closed-form fit to inputs recorded along the
-trajectory of the sampler with these weights; or made up (one for every activation taken out, one for every convolution pruned or
-dropped), where there is no time for them: either way they say what the solver did, nothing of samples. The published plan removes
+trajectory of the sampler with these weights; or made up (one for every activation or norm taken out, one for every convolution
+pruned), where there is no time for them: either way they say what the solver did, nothing of samples. The published plan removes
 activations and prunes convolutions by number, and moves the norm between two convolutions behind the merged one; here that is one
 convolution of the same size, fitted, with the norm behind it, and an identity for a convolution that is pruned alone.
 """
@@ -56,6 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-images", type=int, default=16, help="of these, how many losses are measured on")
     parser.add_argument("--rows-per-unknown", type=int, default=2, help="positions that fits see, for every weight of a filter")
     parser.add_argument("--max-kernel", type=int, default=5)
+    parser.add_argument("--fit-mib", type=int, default=1024, help="for one fit's equations; larger candidates are not scored")
     parser.add_argument("--sampling-steps", type=int, default=10, help="of DDIM, timed end to end")
     parser.add_argument("--rounds", type=int, default=5, help="samplings of each network that are timed")
     parser.add_argument("--store", type=Path, help="a file for the tables; a second run goes on from it")
@@ -66,9 +67,15 @@ def _counted(segment: fxmerge.Segment, candidate: fxmerge.Candidate) -> float:
     """A fitted kernel that is smaller than what it stands for counts as if convolutions of 3x3 were pruned from it."""
     if candidate.exact:
         return 0.0
-    whole, kept = (sum(geometry.kernel) for geometry in (segment.expression.geometry, candidate.geometry))
-    axes = max(1, len(candidate.geometry.axes))
-    return len(candidate.activations) + (whole - kept) / (2 * axes)
+    if candidate.kind == "identity":
+        pruned: float = len(segment.convolutions)
+    elif candidate.kind == "composed":
+        pruned = len(set(segment.convolutions).intersection(candidate.removed))
+    else:
+        whole, kept = (sum(geometry.kernel) for geometry in (segment.expression.geometry, candidate.geometry))
+        pruned = (whole - kept) / (2 * max(1, len(candidate.geometry.axes)))
+    norms_out = len(candidate.norms) - bool(candidate.moved)
+    return len(candidate.activations) + norms_out + pruned
 
 
 def run(options: argparse.Namespace) -> str:
@@ -92,7 +99,7 @@ def run(options: argparse.Namespace) -> str:
             )
         useful = fxmerge.worthwhile(proposals, latency, findings.region)
         recorded = trajectory(model, o.images, o.device, dtype) if o.losses == "reconstruction" else [inputs(2, o.device, dtype)]
-        scorer = MadeUp("made up 1", _counted) if o.losses == "made-up" else _reconstruction(o)
+        scorer = MadeUp("made up 2", _counted) if o.losses == "made-up" else _reconstruction(o)
         with timed(seconds, "importance table"):
             importance = fxmerge.measure_importance(
                 findings, useful, recorded, scorer=scorer, latency=latency, store=store, progress=bars("importance")
@@ -156,6 +163,7 @@ def _reconstruction(options: argparse.Namespace) -> fxmerge.Reconstruction:
         rows_per_unknown=options.rows_per_unknown,
         least_rows=4096,
         score_images=options.score_images,
+        memory_bytes=options.fit_mib << 20,
         coarse_images=max(1, options.score_images // 8),
     )
 

@@ -11,7 +11,13 @@ Time steps are stratified: of n images, image i has one from the i-th of n equal
     loss of the candidate - loss of the original = mean of d^2  +  2 mean of d (original - target)
 
 where the second term has mean 0 for an original that predicts as well as can be, the target's mean given x_t: what is left of the
-target then goes with no function of x_t. On few images it hides the first; so it is left out, by default.
+target then goes with no function of x_t. On few images it hides the first; so it is left out, by default. Rank correlation of both
+scores with the loss that 39 candidates add on 594 noised images held out, for a U-Net of handwritten digits (taken by hand): of all
+candidates, and of the better half.
+
+    images scored     d^2              loss less the original's
+    32                0.98, 0.82       0.91, 0.28
+    128               0.98, 0.81       0.95, 0.60
 """
 
 from __future__ import annotations
