@@ -19,6 +19,7 @@ from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.result import Result
 from fxmerge.saved import save_student
+from fxmerge.search import TRIALS
 from fxmerge.tune import Recipe, calibrate_norms, fine_tune
 
 #: Images of the test split; the other 1,347 are for training, and the first 512 of them, without labels, for calibration.
@@ -82,6 +83,7 @@ def run_demo(
     *,
     speedup: float = 1.5,
     epochs: tuple[int, int] = (_TRAIN_EPOCHS, _TUNE_EPOCHS),
+    trials: int = TRIALS,
     timer: Timer | None = None,
     progress: bool = True,
 ) -> str:
@@ -91,6 +93,7 @@ def run_demo(
         out: directory to write to.
         speedup: the budget.
         epochs: of training the original, and of fine-tuning.
+        trials: plans near the budget that are fitted whole.
         timer: what measures latency; None for the clock.
         progress: show bars on standard error.
 
@@ -103,7 +106,9 @@ def run_demo(
     with Bars(progress) as bars:
         original = _trained(digits_network(), data, epochs[0], bars("train"))
     calibration = train_x[:_CALIBRATION]
-    result = compress(original, test_x[:128], speedup=speedup, calibration=calibration, timer=timer, progress=progress)
+    result = compress(
+        original, test_x[:128], speedup=speedup, calibration=calibration, trials=trials, timer=timer, progress=progress
+    )
     student, merged = _tuned(result, data, calibration, epochs[1], progress)
     report = _report(result, merged, test_x, test_y, timer)
     save_student(student, result.plan, result.example_inputs, out, report=report)

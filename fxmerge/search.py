@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from torch.fx import GraphModule
@@ -27,6 +28,7 @@ from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
 from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
+from fxmerge.solve.space import restrict
 from fxmerge.survey import Survey
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,8 @@ class Search:
         """Of the plans that should take as long as the one found, or less, the one whose whole merged network is nearest.
 
         The sum of the candidates' losses sees neither how their errors act together nor what the layers behind make up for. Here
-        plans are fitted whole: many on few images, the best of those on all. What was fitted tells which plan to try next
+        plans are fitted whole: many on few images, the best of those on all. After the one found come the best of smaller
+        spaces, such as layers pruned only; then what was fitted tells which plan to try next
         (:class:`fxmerge.measure.belief.Belief`). Each is measured again before it is taken.
 
         Args:
@@ -168,6 +171,7 @@ class Search:
         loss_of = scorer.rough(found.findings, found.batches)
         generator = np.random.default_rng(scorer.seed)
         losses: dict[tuple[Candidate, ...], tuple[float, int, Plan]] = {}
+        first = self._restricted(most_ns)
         pending: Plan | None = plan
         while pending is not None and len(losses) < trials:
             loss = loss_of(pending)
@@ -176,13 +180,26 @@ class Search:
             losses[pending.merges] = loss, len(losses), pending
             progress(len(losses))
             tables = (belief.table(generator if draw else None) for draw in range(len(losses) % 2, _DRAWS))
-            plans = (self._picked(table, most_ns) for table in tables)
+            plans = chain(first, (self._picked(found.candidates, table, most_ns) for table in tables))
             pending = next((one for one in plans if one.merges and one.merges not in losses), None)
         return [one for _, _, one in sorted(losses.values(), key=lambda entry: entry[:2])]
 
-    def _picked(self, table: ImportanceTable, most_ns: int) -> Plan:
+    def _restricted(self, most_ns: int) -> Iterator[Plan]:
+        """The best plan of each smaller space that has one: nothing fitted, layers pruned only, activations removed only.
+
+        Losses of single candidates go wrong differently by kind, so that the front of all may miss what one of these has.
+        """
+        found = self.found
+        spaces = [[c for c in found.candidates if c.kind != "fitted"]]
+        spaces += [list(restrict(found.findings.region, found.candidates, name)) for name in ("layers", "activations")]
+        for offered in spaces:
+            plan = self._picked(offered, found.importance, most_ns)
+            if (plan.latency_ns or 0) <= most_ns:
+                yield plan
+
+    def _picked(self, candidates: Sequence[Candidate], table: ImportanceTable, most_ns: int) -> Plan:
         """The plan that a table of losses asks for; its loss is the one that the measured table gives it."""
-        front = self._front_of(self.found.candidates, table)
+        front = self._front_of(candidates, table)
         plan = front.plan(front.index(max(most_ns, front.fastest_ns)))
         priced = self._front_of(plan.merges, self.found.importance).plan(0)  # each merge is faster than what it replaces
         return priced if priced.merges == plan.merges else plan

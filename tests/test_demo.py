@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip in
 
 
 def test_it_prints_one_table_and_leaves_plan_weights_and_report(tmp_path: Path) -> None:
-    text = run_demo(tmp_path, speedup=1.4, epochs=(1, 1), timer=PriceTimer(), progress=False)
+    text = run_demo(tmp_path, speedup=1.4, epochs=(1, 1), trials=2, timer=PriceTimer(), progress=False)
     rows = [line for line in text.splitlines() if line.startswith(("original", "compressed"))]
     assert [row.split("  ")[0] for row in rows] == [
         "original, batch norms folded",

@@ -22,7 +22,6 @@ SAMPLE = (
     "torchvision:regnet_x_400mf",
     "torchvision:regnet_y_400mf",
     "torchvision:resnet18",
-    "torchvision:resnext50_32x4d",
     "torchvision:shufflenet_v2_x0_5",
     "torchvision:squeezenet1_0",
     "torchvision:swin_t",

@@ -64,6 +64,17 @@ def test_every_plan_tried_is_within_the_budget_and_has_the_loss_that_the_table_m
         assert plan.loss == pytest.approx(sum(found.importance.loss(merge.id) for merge in plan.merges), abs=1e-8)
 
 
+def test_the_best_plans_of_smaller_spaces_are_tried_whatever_the_table_says_of_others(found: Survey) -> None:
+    search = Search(misled(found), 0.03, PriceTimer())
+    most = int(search.front.original_ns / 1.1)
+    tried = {plan.merges for plan in search._tried(search.front.plan(search.front.index(most)), most, FITTER, 4, lambda done: None)}
+    tables = search.found.findings.region, search.found.candidates, search.found.latency, search.found.importance
+    fronts = [fxmerge.solve(*tables, search.found.findings.fingerprint, space=name) for name in ("layers", "activations")]
+    there = [front.plan(front.index(most)).merges for front in fronts if front.fastest_ns <= most]
+    assert there
+    assert set(there) <= tried
+
+
 def test_the_plans_that_lose_least_on_few_images_are_fitted_on_all_and_of_those_the_best_is_taken(
     found: Survey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,10 +165,10 @@ class Store:
         """
         found = self._file.read(f"SELECT name, content FROM study WHERE id = {_WHICH}", number)
         if not found:
-            held = ", ".join(f"{n} ({name})" for n, name in self.studies()) or "none; fill it with `fxmerge measure`"
-            raise StoreError(
-                f"{self.path} holds no study{'' if number is None else f' {number}'}; it holds {held}", path=str(self.path)
-            )
+            held = ", ".join(f"{n} ({name})" for n, name in self.studies())
+            there = f"it holds {held}" if held else "`fxmerge measure` and compress(store=) leave one, single measurements do not"
+            wanted = "" if number is None else f" {number}"
+            raise StoreError(f"{self.path} holds no study{wanted}; {there}", path=str(self.path))
         try:
             return Study.from_json(found[0][0], self._file.mapping(found[0][1]))
         except (KeyError, TypeError, ValueError, AttributeError) as fault:

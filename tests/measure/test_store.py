@@ -233,6 +233,14 @@ def test_other_weights_other_data_and_other_options_are_scored_anew(tmp_path: Pa
     assert counts == [scored, scored, 2 * scored, 3 * scored]
 
 
+def test_a_store_of_single_measurements_says_what_leaves_a_study(tmp_path: Path) -> None:
+    with (
+        Store(tmp_path / "tables.db") as store,
+        pytest.raises(StoreError, match=r"holds no study; `fxmerge measure` and compress\(store=\) leave one"),
+    ):
+        store.study()
+
+
 def test_a_study_gives_the_same_front_without_the_network(tmp_path: Path, found) -> None:  # type: ignore[no-untyped-def]
     findings, proposals = found
     latency = fxmerge.measure_latency(findings, proposals, images(4), timer=PriceTimer())
