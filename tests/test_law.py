@@ -31,8 +31,8 @@ from tests.laws import TOLERANCE, assert_law, covering_plans, filled, random_pla
 from tests.strategies import SMALLEST, Network, networks
 from tests.zoo import NETWORKS, ZOO, images, network, randomise_, specimen
 
-SAMPLE = 200
-PLANS = 12
+SAMPLE = 120
+PLANS = 8
 #: Odd and even, square and not, and batches other than the one traced.
 SIZES = ((2, (40, 40)), (1, (33, 47)), (3, (51, 32)))
 

@@ -15,7 +15,6 @@ SAMPLE = (
     "torchvision:convnext_tiny",
     "torchvision:densenet121",
     "torchvision:efficientnet_b0",
-    "torchvision:googlenet",
     "torchvision:mnasnet0_5",
     "torchvision:mobilenet_v2",
     "torchvision:mobilenet_v3_large",
@@ -26,11 +25,9 @@ SAMPLE = (
     "torchvision:squeezenet1_0",
     "torchvision:swin_t",
     "torchvision segmentation:lraspp_mobilenet_v3_large",
-    "torchvision segmentation:deeplabv3_mobilenet_v3_large",
     "torchvision detection, backbone:ssdlite320_mobilenet_v3_large",
     "torchvision detection, backbone:fasterrcnn_mobilenet_v3_large_fpn",
     "torchvision quantizable:resnet18",
-    "torchvision quantizable:shufflenet_v2_x0_5",
 )
 
 

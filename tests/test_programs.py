@@ -1,6 +1,6 @@
 """Random graphs from all operators: they are traced and searched without a crash, refused by name, and obey the law.
 
-FXMERGE_EXAMPLES sets how many graphs there are (150 by default; a twentieth of it, ten at most, go through torch.export, which is
+FXMERGE_EXAMPLES sets how many graphs there are (100 by default; a twentieth of it, ten at most, go through torch.export, which is
 slow). They come in batches of 50, each a test with a seed of its own, so that a failure of a long run can be had again quickly:
 
     FXMERGE_EXAMPLES=20000 python -m pytest -q -x tests/test_programs.py
@@ -43,7 +43,7 @@ from fxmerge.passes.linearize import Linearize
 from tests.laws import random_plan
 from tests.programs import OPERATIONS, Program, do, programs
 
-EXAMPLES = int(os.environ.get("FXMERGE_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("FXMERGE_EXAMPLES", "100"))
 BATCH = 50
 #: Batch and image: what is traced, and what it has to compute as well.
 EXAMPLE = (2, (16, 13))

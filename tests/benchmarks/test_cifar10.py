@@ -83,6 +83,8 @@ def test_every_method_gives_its_rows_and_they_are_kept(
         pytest.importorskip("torch_pruning", reason="needs the extra `bench`: pip install torch-pruning==1.6.1")
     report = benchmark("--methods", method)
     mine = [row for row in rows(folder) if row["method"] == method]
+    if method == "fxmerge" and mine[0]["composed"]:  # what is taken among all candidates is for the fits to say
+        regimes = [*regimes, "layers", "layers"]
     assert [row["regime"] for row in mine] == regimes
     assert all(row["speedup"] >= 1.2 / 1.03 and 0 <= row["top1"] <= 100 for row in mine)
     line = next(line for line in report.splitlines() if line.startswith(f"| {contest.METHODS[method].label}"))
