@@ -115,6 +115,7 @@ def _device(target: Target) -> torch.device:
 
 
 def laid_out(tensor: torch.Tensor, target: Target) -> torch.Tensor:
+    """The tensor in the target's memory format, if it has four dimensions."""
     return tensor.contiguous(memory_format=_layout(target)) if tensor.dim() == 4 else tensor
 
 
