@@ -67,7 +67,7 @@ def expressed(
         kept: numbers of convolutions that an activation is kept behind: a merge ends there.
         pruned: numbers of those that go.
         fits: which candidates stand for a run of several; of those the one of the longest stretch is taken.
-        space: which candidates are offered.
+        space: which candidates are offered; if with activations behind them, such a one is taken where there is one.
         first: the number of the first convolution.
     """
     proposals = fxmerge.propose(findings, space)
@@ -86,7 +86,8 @@ def expressed(
             if (candidate.kind == "identity" if len(gone) == len(wanted) else fits(proposal.segment, candidate, gone))
         ]
         if fitting:
-            merges.append(max(fitting, key=lambda entry: entry[0])[1])  # the longest takes the skip in
+            # the longest takes the skip in
+            merges.append(max(fitting, key=lambda entry: (entry[0], bool(entry[1].added)))[1])
         else:
             numbers = f"{group[0] + first} to {group[-1] + first}"
             refused.append(f"no candidate merges convolutions {numbers} without {sorted(gone) or 'pruning'}")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.analysis.candidates import propose
+from fxmerge.analysis.candidates import Space, propose
 from fxmerge.analysis.segments import Findings, find_segments
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Proposal
@@ -49,10 +49,10 @@ class Case:
     inputs: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, example: Tensor, inputs: tuple[Tensor, ...]) -> Case:
+    def of(cls, model: nn.Module, example: Tensor, inputs: tuple[Tensor, ...], space: Space | None = None) -> Case:
         graph = trace(model, example)
         findings = find_segments(graph)
-        return cls(model, graph, copy.deepcopy(graph).float(), findings, propose(findings), inputs)
+        return cls(model, graph, copy.deepcopy(graph).float(), findings, propose(findings, space), inputs)
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -159,7 +159,7 @@ class TestRandomNetworks:
     def test_the_law_and_the_plan_through_json(self, network: Network, rng: random.Random) -> None:
         torch.manual_seed(0)
         inputs = (images(size=(SMALLEST, 18)), images(size=(16, 15), batch=1))
-        found = Case.of(network.build(), images(size=(16, SMALLEST)), inputs)
+        found = Case.of(network.build(), images(size=(16, SMALLEST)), inputs, Space(added=True))
         for number in range(3):
             plan = random_plan(found.findings, found.proposals, rng)
             assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -19,14 +19,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from torch.fx import GraphModule, Node
+
 from fxmerge.algebra.affine import vanishing
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Proposal, Segment
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import node_named
-from fxmerge.operators import Site, read_maps
+from fxmerge.graph.query import module_of, node_named
+from fxmerge.operators import Activation, Site, read_maps
 
 #: geometry -> (sum of the L1 norms kept, names removed)
 _Choices: TypeAlias = dict[Geometry, tuple[float, frozenset[str]]]
@@ -42,6 +44,8 @@ class Space:
         fitted: offer fitted kernels.
         identity: offer to drop a segment whose output has the shape of its input.
         norms: offer to take out norms that depend on their input.
+        added: offer every merge of a segment that no activation is behind (a linear bottleneck) also with the last of those that it
+            removes put there, as was published. What was negative is lost by that, so it is for students that are trained.
         merge: offer to merge several layers; without it, layers are only pruned, one at a time.
         exact: offer only what keeps the function.
         max_kernel: largest kernel offered, in taps on an axis; where the image becomes larger by u, each output reads a u-th.
@@ -54,6 +58,7 @@ class Space:
     fitted: bool = True
     identity: bool = True
     norms: bool = True
+    added: bool = False
     merge: bool = True
     exact: bool = False
     max_kernel: int = 7
@@ -91,7 +96,8 @@ def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, .
     prunings = _Prunings(norms)
     for segment in findings.segments:
         size = _entry_size(findings, segment)
-        offered = _candidates(findings, segment, space, prunings)
+        offered = list(_candidates(findings, segment, space, prunings))
+        offered += _with_activation(findings, segment, offered) if space.added else []
         unique = {candidate.id: candidate for candidate in offered if _leaves_pixels(candidate.geometry, size)}
         if unique and (space.norms or not segment.norms):
             proposals.append(Proposal(segment, tuple(unique.values())))
@@ -137,6 +143,24 @@ def _candidates(findings: Findings, segment: Segment, space: Space, prunings: _P
                 yield offer("fitted", geometry)
                 if movable:
                     yield offer("fitted", geometry, moved=movable)
+
+
+def _with_activation(findings: Findings, segment: Segment, offered: Sequence[Candidate]) -> list[Candidate]:
+    """The same merges with an activation behind them, where there is none."""
+    exit_node = node_named(findings.graph, segment.exit)
+    assert exit_node is not None
+    behind = segment.end != segment.exit or any(isinstance(findings.verdicts.get(n), Activation) for n in exit_node.users)
+    last = node_named(findings.graph, segment.activations[-1]) if segment.activations else None
+    if behind or last is None or not _acts_alike_on_all(findings.graph, last):
+        return []
+    merged = (candidate for candidate in offered if candidate.kind != "identity" and not candidate.moved)
+    return [replace(candidate, added=last.name, exact=False) for candidate in merged]
+
+
+def _acts_alike_on_all(graph: GraphModule, activation: Node) -> bool:
+    """Whether an activation has no numbers of its own, so that it can stand behind any tensor."""
+    module = module_of(graph, activation)
+    return len(activation.all_input_nodes) == 1 and (module is None or next(module.parameters(), None) is None)
 
 
 def _entry_size(findings: Findings, segment: Segment) -> tuple[int, ...]:

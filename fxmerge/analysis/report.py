@@ -101,6 +101,7 @@ def _proposals(proposals: Sequence[Proposal], latency: LatencyTable | None, impo
         for number, candidate in enumerate(proposal.candidates):
             lead = (str(segment), len(segment.convolutions), len(segment.activations)) if number == 0 else ("", "", "")
             what = f"{candidate.kind}{' pruned' if candidate.removed else ''}{_norms_out(candidate)}"
+            what += f", {candidate.added} behind" if candidate.added else ""
             rows.append(
                 (*lead, what, str(candidate.geometry), "yes" if candidate.exact else "")
                 + ((_ms(latency.candidate_ns(candidate.id)) if candidate.id in latency.candidates else "",) if latency else ())

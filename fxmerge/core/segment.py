@@ -130,6 +130,7 @@ class Candidate:
             fitted to data, stand for each that is not removed with its convolution; in the others they are gone.
         moved: the one of these that stands behind the convolution, its scale and shift fitted anew (fitted only); or empty.
         sides: names of the side inputs whose matrices are fitted with the convolution (fitted only).
+        added: the one of ``activations`` that stands behind the exit, where the original has none; or empty.
     """
 
     entry: str
@@ -143,6 +144,7 @@ class Candidate:
     norms: tuple[str, ...] = ()
     moved: str = ""
     sides: tuple[str, ...] = ()
+    added: str = ""
 
     @property
     def id(self) -> str:
@@ -157,7 +159,8 @@ class Candidate:
         text = f"{self.entry}->{self.end} {self.kind}" + (f" {self.geometry}" if self.kind != "identity" else "")
         text += " pruned" if self.removed else ""
         text += f", {len(self.norms)} norm{'s' if len(self.norms) > 1 else ''} out" if self.norms else ""
-        return f"{text}, then {self.moved}" if self.moved else text
+        behind = [name for name in (self.moved, self.added) if name]
+        return ", then ".join((text, *behind))
 
     @property
     def fixed(self) -> tuple[str, ...]:
@@ -170,7 +173,7 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """A value that ``json`` can write and :meth:`from_json` reads back."""
-        choices = {"norms": list(self.norms), "moved": self.moved, "sides": list(self.sides)}
+        choices = {"norms": list(self.norms), "moved": self.moved, "sides": list(self.sides), "added": self.added}
         return {
             "entry": self.entry,
             "exit": self.exit,
@@ -192,8 +195,8 @@ class Candidate:
         """
         try:
             names = [data["entry"], data["exit"], data["end"], *data["activations"], *data["removed"]]
-            choices = tuple(data.get("norms", ())), data.get("moved", ""), tuple(data.get("sides", ()))
-            names += [*choices[0], choices[1], *choices[2]]
+            choices = tuple(data.get("norms", ())), data.get("moved", ""), tuple(data.get("sides", ())), data.get("added", "")
+            names += [*choices[0], choices[1], *choices[2], choices[3]]
             if data["kind"] not in get_args(Kind) or not all(isinstance(name, str) for name in names):
                 raise ValueError("unknown kind, or a name that is no string")
             return cls(

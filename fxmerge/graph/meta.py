@@ -34,6 +34,7 @@ class Facts:
         role: what the plan does with the node: ``removed`` (becomes an identity), ``merged`` (kept in the student, part of the
             one convolution), ``replaced`` (gone from the student), ``exit`` (the last of a segment).
         merge: on an exit, the candidate that ends here.
+        behind: of an activation that a merge has put there, the exit that it stands behind, and stands for to all other merges.
     """
 
     shape: tuple[int, ...] | None = None
@@ -45,6 +46,7 @@ class Facts:
     constant: bool = False
     role: Literal["", "removed", "merged", "replaced", "exit"] = ""
     merge: Candidate | None = None
+    behind: str = ""
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -59,6 +59,13 @@ def node_named(graph: GraphModule, name: str) -> Node | None:
     return next((node for node in graph.graph.nodes if node.name == name), None)
 
 
+def tensor_named(graph: GraphModule, name: str) -> Node | None:
+    """What stands for the node of this name in a student: the activation that a merge has put behind it, or the node itself."""
+    node = node_named(graph, name)
+    readers = () if node is None else tuple(node.users)
+    return next((reader for reader in readers if facts(reader).behind == name), node)
+
+
 def has_sole_user(node: Node) -> bool:
     return len(node.users) == 1
 

@@ -191,19 +191,16 @@ class Fitting(Substitution):
         return {merge.id: affine}
 
     def _behind(self, merge: Candidate) -> Callable[[Tensor], Tensor] | None:
-        """The activation that all readers of the exit apply, if they do."""
+        """The activation that is put behind the exit, or that all its readers apply, if they do."""
+        if merge.added:
+            return self.applied(merge.added)
         exit_node = self.replay.named[merge.exit]
         readers = list(exit_node.users)
         verdicts = [self.findings.operators.verdict(Site(self.folded, node)) for node in readers]
         kinds = {verdict.name for verdict in verdicts if isinstance(verdict, Activation)}
         if len(kinds) != 1 or not all(isinstance(v, Activation) for v in verdicts) or readers[0].all_input_nodes != [exit_node]:
             return None
-
-        def activation(value: Tensor) -> Tensor:
-            result: Tensor = self.replay.run(readers[0], {exit_node: value})
-            return result
-
-        return activation
+        return self.applied(readers[0].name)
 
 
 def _key(candidate: Candidate) -> _Key:

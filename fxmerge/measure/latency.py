@@ -309,7 +309,9 @@ def _matrix(shape: tuple[int, ...], out_channels: int) -> nn.Module:
 
 
 def _kept_behind(graph: GraphModule, candidate: Candidate) -> list[Node]:
-    kept: list[Node] = []
+    """What runs between the one convolution and the cut: of the original, or an activation that is put there."""
+    added = node_named(graph, candidate.added) if candidate.added else None
+    kept: list[Node] = [] if added is None else [added]
     node = node_named(graph, candidate.end)
     while node is not None and node.name != candidate.exit:
         kept.insert(0, node)

@@ -153,13 +153,26 @@ class Substitution:
         if affine is None:
             assert segment is not None
             affine = self.composed(segment, candidate)
-        convolve, norm = partial(convolved, affine), self._norm_behind(candidate, maps)
+        convolve, behind = partial(convolved, affine), self._norm_behind(candidate, maps)
+        if candidate.added:
+            behind = self.applied(candidate.added)  # no norm is moved there then
 
         def with_all(x: Tensor, *sides: Tensor) -> Tensor:
             terms = zip(matrices.values(), sides, strict=True)
-            return norm(sum((torch.einsum("oi,ni...->no...", matrix.to(s), s) for matrix, s in terms), start=convolve(x)))
+            return behind(sum((torch.einsum("oi,ni...->no...", matrix.to(s), s) for matrix, s in terms), start=convolve(x)))
 
-        return (candidate.entry, *matrices), with_all if matrices or candidate.moved else convolve
+        return (candidate.entry, *matrices), with_all if matrices or candidate.moved or candidate.added else convolve
+
+    def applied(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The activation of this name, as a function."""
+        node = self.replay.named[name]
+        operand = node.all_input_nodes[0]
+
+        def activation(value: Tensor) -> Tensor:
+            result: Tensor = self.replay.run(node, {operand: value})
+            return result
+
+        return activation
 
     def _norm_behind(self, candidate: Candidate, maps: Mapping[str, Affine]) -> Callable[[Tensor], Tensor]:
         """The norm that is moved behind the convolution, its scale and shift too, where they are known."""

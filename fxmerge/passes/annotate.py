@@ -14,7 +14,7 @@ from fxmerge.core.segment import Candidate
 from fxmerge.errors import PlanMismatchError
 from fxmerge.graph.edit import copied
 from fxmerge.graph.meta import facts, origin, record
-from fxmerge.graph.query import between, data_operands, fingerprint
+from fxmerge.graph.query import between, data_operands, fingerprint, tensor_named
 from fxmerge.passes.base import Pass
 
 #: Pixels that a kernel may reach over the border of an image; more is a damaged plan, and would not fit into memory.
@@ -71,7 +71,7 @@ def merges(graph: GraphModule) -> Iterator[tuple[Node, Candidate]]:
 
 def stretch(graph: GraphModule, exit_node: Node, merge: Candidate) -> tuple[Node, tuple[Node, ...]]:
     """The entry of a merge, and the nodes from behind it to its exit, in graph order."""
-    entry = _node(graph, merge.entry)
+    entry = tensor_named(graph, merge.entry) or _node(graph, merge.entry)
     return entry, between(entry, exit_node)
 
 
@@ -96,6 +96,7 @@ def _write(graph: GraphModule, merge: Candidate, student: bool) -> None:
 def _check_fits(merge: Candidate, entry: Node, inside: tuple[Node, ...]) -> None:
     """A merge must be all that lies between its entry and its exit, and give a tensor of the shape that is there."""
     fault = _not_closed(merge, entry, inside) or _misended(merge, inside[-1]) or _misshapen(merge, entry, inside[-1])
+    fault = fault or _wrongly_added(merge, inside)
     if fault:
         raise PlanMismatchError(f"the merge {merge.id} does not fit the graph: {fault}", node=merge.exit)
 
@@ -137,6 +138,19 @@ def _misended(merge: Candidate, exit_node: Node) -> str:
             return f"{merge.exit} does not lead to {merge.end} alone"
         node = operands[0]
     return ""
+
+
+def _wrongly_added(merge: Candidate, inside: tuple[Node, ...]) -> str:
+    """What speaks against the activation that is put behind the exit; empty where nothing does."""
+    if not merge.added:
+        return ""
+    if merge.added not in merge.activations or merge.kind == "identity" or merge.moved:
+        return f"{merge.added} is to stand behind one convolution, but is not removed, or something else stands there"
+    if merge.end != merge.exit:
+        return f"{merge.added} is to stand behind {merge.exit}, where {merge.end} is kept"
+    [node] = [node for node in inside if node.name == merge.added]
+    alone = len(node.all_input_nodes) == 1
+    return "" if alone else f"{merge.added} reads more than one tensor, so it cannot stand behind {merge.exit}"
 
 
 def _misshapen(merge: Candidate, entry: Node, exit_node: Node) -> str:

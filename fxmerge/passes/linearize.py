@@ -38,7 +38,7 @@ from fxmerge.graph.edit import (
 )
 from fxmerge.graph.layout import turns
 from fxmerge.graph.meta import facts, origin, record, set_origin
-from fxmerge.graph.query import fingerprint
+from fxmerge.graph.query import fingerprint, tensor_named
 from fxmerge.operators import (
     Activation,
     Join,
@@ -85,6 +85,7 @@ class Linearize(Pass):
         for exit_node, merge in list(merges(student)):
             entry, nodes = stretch(student, exit_node, merge)
             work = _Merge(student, merge, entry, nodes, self.operators)
+            work.put_activation_behind()
             if merge.kind == "composed":
                 work.keep_layers(self.weights)
             elif merge.kind == "identity":
@@ -151,6 +152,19 @@ class _Merge:
         if left:
             raise PlanMismatchError(f"the merge {self.merge.id} leaves {', '.join(left)} inside its segment", node=left[0])
 
+    def put_activation_behind(self) -> None:
+        """All that reads the exit reads, from now on, the activation that the merge puts behind it."""
+        if not self.merge.added:
+            return
+        [node] = [node for node in self.nodes if node.name == self.merge.added]
+        with self.graph.graph.inserting_after(self.exit):
+            made = self.graph.graph.node_copy(node, lambda _: self.exit)
+        made.meta = dict(node.meta)
+        known = facts(self.exit)
+        record(made, role="", merge=None, behind=self.exit.name)
+        record(made, shape=known.shape, dtype=known.dtype, channels_last=known.channels_last)
+        self.exit.replace_all_uses_with(made, delete_user_cb=lambda reader: reader is not made)
+
     def drop(self) -> None:
         """An identity in place of all nodes, or what turns the entry's layout into the exit's."""
         if facts(self.entry).channels_last != facts(self.exit).channels_last:
@@ -192,7 +206,8 @@ class _Merge:
 
     def _put_side(self, name: str, matrix: Affine | None, like: Tensor) -> tuple[Node, str]:
         """A side input, and the 1x1 convolution that it goes through before it is added."""
-        [side] = [node for node in self.graph.graph.nodes if node.name == name]
+        side = tensor_named(self.graph, name)
+        assert side is not None
         known = facts(side).image_shape
         geometry = Geometry(known[1], self.merge.geometry.out_channels, (Axis(),) * (len(known) - 2))
         made = (

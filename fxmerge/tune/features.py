@@ -41,7 +41,7 @@ def shared_cuts(student: GraphModule, original: GraphModule, *, operators: Opera
         raise PlanMismatchError("this student was not made from this graph: give the traced graph that was annotated with its plan")
     exits = list(merges(student))
     inside = {node for exit_node, merge in exits for node in stretch(student, exit_node, merge)[1]}
-    inside -= {exit_node for exit_node, merge in exits if merge.exit == merge.end}
+    inside -= {exit_node for exit_node, merge in exits if merge.exit == merge.end and not merge.added}
     changed = _downstream(student, {exit_node for exit_node, _ in exits})
     cuts = {name for chain in _chains(find_segments(original, operators=operators).region.children) for name in chain.cuts}
     here = {node.name: node for node in student.graph.nodes if node in changed and node not in inside}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,9 @@ def test_its_merges_are_those_that_were_published(findings: fxmerge.Findings) ->
         ("features_5_add", "features_6_add", (3, 3)),
         ("features_12_add", "features_13_add", (1, 1)),
     ]
+    assert all(merge.added for merge in plan.merges)  # all end in linear bottlenecks
+    bare = published_plan.plan_of(findings, published_plan.KEPT, published_plan.PRUNED, space=published_plan.COMPOSED)
+    assert [replace(merge, added="") for merge in plan.merges] == list(bare.merges)
 
 
 def test_what_cannot_be_merged_is_told(findings: fxmerge.Findings) -> None:
