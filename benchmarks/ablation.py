@@ -1,8 +1,9 @@
-"""The closed-form fit taken apart: top-1 of given plans, fitted with one part after the other; nothing is timed for it."""
+"""The closed-form fit taken apart: top-1 of the plans taken, fitted with one part after the other; nothing more is timed for it."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from tabulate import tabulate
 from torch.fx import GraphModule
@@ -10,24 +11,30 @@ from torch.fx import GraphModule
 import fxmerge
 from benchmarks.contest import METHODS, Contest, shifted
 from benchmarks.networks import accuracy
+from fxmerge.core.plan import Plan
 from fxmerge.search import build_networks
 from fxmerge.tune import calibration_tune
 
-#: What the fit is made of, one part more in every row.
+#: What the fit is made of, one part more in every row; then what is left out of it, or otherwise than by default.
 PARTS: dict[str, fxmerge.Reconstruction] = {
     "merges alone, in order": fxmerge.Reconstruction(through=0, stay=False),
     "+ through the activation": fxmerge.Reconstruction(stay=False),
     "+ layers that stay": fxmerge.Reconstruction(),
     "layers that stay, not through the activation": fxmerge.Reconstruction(through=0),
+    "a ridge of a hundredth": fxmerge.Reconstruction(ridge=1e-6),
+    "a ridge a hundred times as large": fxmerge.Reconstruction(ridge=1e-2),
 }
-TUNED = ("merges alone, in order", "+ layers that stay")
+WHOLE = "+ layers that stay"
+TUNED = ("merges alone, in order", WHOLE)
 
 
 def ablation(contest: Contest) -> str:
-    """Of the plans of the speed-ups asked for, as predicted, fitted with one part after the other."""
+    """Of the plans taken for the speed-ups asked for, fitted with one part after the other; and of plans near them."""
     found, options = contest.survey(METHODS["fxmerge"]), contest.options
+    starts = [start for speedup in options.speedups if (start := contest.start("fxmerge", speedup)).can]
+    taken = [contest.plan_of(start) for start in starts]
     front = found.study.front()
-    plans = [front.plan(front.index(math.floor(front.original_ns / speedup))) for speedup in options.speedups]
+    rows: list[list[str]] = []
 
     def top1(student: GraphModule) -> str:
         return f"{accuracy(fxmerge.fuse(student), contest.test, contest.test_labels):.2f}"
@@ -35,13 +42,27 @@ def ablation(contest: Contest) -> str:
     def tuned(student: GraphModule) -> GraphModule:
         return calibration_tune(student, contest.graph, contest.calibration, steps=options.steps, augment=shifted)
 
-    rows: list[list[str]] = []
-    for label, scorer in PARTS.items():
+    def add(label: str, plans: Sequence[Plan], scorer: fxmerge.Reconstruction, *, also_tuned: bool = False) -> None:
         students = [build_networks(found.findings, plan, scorer.fit(found.findings, plan, found.batches))[0] for plan in plans]
         rows.append([label, *map(top1, students)])
-        print(*rows[-1], flush=True)  # noqa: T201
-        if options.steps and label in TUNED:
+        if also_tuned:
             rows.append([f"{label}, then tuned", *(top1(tuned(student)) for student in students)])
-            print(*rows[-1], flush=True)  # noqa: T201
-    heads = ("fit", *(f"{front.original_ns / (plan.latency_ns or 1):.2f}x predicted" for plan in plans))
+        for row in rows[-1 - also_tuned :]:
+            print(*row, flush=True)  # noqa: T201
+
+    for label, scorer in PARTS.items():
+        add(label, taken, scorer, also_tuned=bool(options.steps) and label in TUNED)
+    alone = [front.plan(front.index(plan.latency_ns or front.original_ns)) for plan in taken]
+    add("the plan of least summed loss, as fast by the tables", alone, PARTS[WHOLE])
+    behind = [_with_activations(plan, contest.findings) for plan in taken]
+    if behind != taken:
+        add("activations put behind merges that end in none", behind, PARTS[WHOLE])
+    heads = ("fit", *(f"{start.about['speedup']:.2f}x measured" for start in starts))
     return tabulate(rows, heads, "github", disable_numparse=True)
+
+
+def _with_activations(plan: Plan, findings: fxmerge.Findings) -> Plan:
+    """The plan with an activation behind every merge that can have one and has none."""
+    offered = [c for p in fxmerge.propose(findings, fxmerge.Space(added=True)) for c in p.candidates]
+    twins = {replace(candidate, added="").id: candidate for candidate in offered if candidate.added}
+    return replace(plan, merges=tuple(twins.get(merge.id, merge) for merge in plan.merges))

@@ -30,6 +30,7 @@ from benchmarks.pretraining import trained_here
 from benchmarks.rivals import Near, nearest, pruned, with_statistics
 from benchmarks.stages import timed
 from fxmerge.core.files import write_json
+from fxmerge.core.plan import Plan
 from fxmerge.core.segment import narrowed
 from fxmerge.measure.divergence import divergence
 from fxmerge.search import Search, build_networks
@@ -218,6 +219,10 @@ class Contest:
         about = find(method, asked, folder)
         write_json(file, about | {"settings": settings})  # last: what is interrupted is begun anew
         return Start(folder, about)
+
+    def plan_of(self, start: Start) -> Plan:
+        """What is merged in a start."""
+        return fxmerge.load(start.folder / "closed form", self.network, self.example).plan
 
     def start_settings(self, method: str) -> str:
         """What decides a start, beside its speed-up."""

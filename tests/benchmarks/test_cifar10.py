@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import fxmerge
-from benchmarks import cifar10, contest, networks, rivals
+from benchmarks import ablation, cifar10, contest, networks, rivals
 from benchmarks.batches import Augmented, moved
 from benchmarks.kept import Kept
 from benchmarks.made_up import MadeUp
@@ -203,3 +203,28 @@ def test_mobilenet_has_a_stem_for_small_images() -> None:
     assert network.features[0](torch.zeros(1, 3, 32, 32)).shape[2:] == (32, 32)
     with pytest.raises(ValueError, match="--network is resnet21; give mobilenet_v2"):
         networks.made("resnet21")
+
+
+@pytest.mark.filterwarnings("ignore:.*too few")
+def test_the_fit_is_taken_apart(benchmark: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole fit's row is the closed form's of the main table; the plan taken is on no row's place of another."""
+    fits: list[tuple[fxmerge.Reconstruction, fxmerge.Plan]] = []
+    fit = fxmerge.Reconstruction.fit
+
+    def noted(self: fxmerge.Reconstruction, findings: Any, plan: fxmerge.Plan, *more: Any, **options: Any) -> Any:
+        fits.append((self, plan))
+        return fit(self, findings, plan, *more, **options)
+
+    whole = benchmark("--methods", "fxmerge", "--regimes", "closed form")
+    expected = next(line for line in whole.splitlines() if line.startswith("| fxmerge")).split("|")[6].strip()
+    monkeypatch.setattr(fxmerge.Reconstruction, "fit", noted)
+    report = benchmark("--ablation")
+    found = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in report.splitlines() if line.startswith("|")}
+    assert {*ablation.PARTS} < {*found}
+    assert found[ablation.WHOLE] == expected
+    assert f"{ablation.WHOLE}, then tuned" in found
+    assert [scorer for scorer, _ in fits][: len(ablation.PARTS)] == [*ablation.PARTS.values()]
+    taken = fits[0][1]
+    assert all(plan == taken for _, plan in fits[: len(ablation.PARTS)])
+    put = [plan for _, plan in fits if any(merge.added for merge in plan.merges)]
+    assert len(put) == ("activations put behind merges that end in none" in found)
