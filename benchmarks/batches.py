@@ -40,11 +40,11 @@ class Augmented:
             yield images.contiguous(memory_format=torch.channels_last), self.labels[index]
 
 
-def moved(pixels: Tensor, shift: int) -> Tensor:
-    """Each image (N, C, H, W) shifted by up to so many pixels both ways, and mirrored or not."""
+def moved(pixels: Tensor, shift: int, generator: torch.Generator | None = None) -> Tensor:
+    """Each image (N, C, H, W) shifted by up to so many pixels both ways, zeros coming in, and mirrored or not."""
     count, channels, height, width = pixels.shape
-    down, right = torch.randint(0, 2 * shift + 1, (2, count, 1))
-    mirrored = torch.rand(count, 1) < 0.5
+    down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
     columns = torch.arange(width)
     columns = torch.where(mirrored, columns.flip(0), columns) + right
     rows = torch.arange(height) + down

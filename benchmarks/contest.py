@@ -18,20 +18,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxmerge
-from benchmarks.batches import Augmented
+from benchmarks.batches import Augmented, moved
 from benchmarks.kept import Kept
 from benchmarks.networks import accuracy, made, normalised, pixels, pretrained
 from benchmarks.pretraining import trained_here
-from benchmarks.rivals import Near, nearest, pruned, with_statistics
+from benchmarks.rivals import Near, TooSlow, nearest, pruned, with_statistics
 from benchmarks.stages import timed
+from fxmerge.budget import Budget
 from fxmerge.core.files import write_json
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import narrowed
+from fxmerge.measure.digests import data_digest, network_digest
 from fxmerge.measure.divergence import divergence
 from fxmerge.search import Search, build_networks
 from fxmerge.survey import Survey
@@ -120,7 +121,24 @@ class Contest:
             self.findings = fxmerge.find_segments(self.graph)
             self.proposals = fxmerge.propose(self.findings)
         self.original = fxmerge.baseline(self.graph)
+        self._check_folder()
         self.kept = Kept(folder / f"{self.name}.rows.jsonl")
+
+    def _check_folder(self) -> None:
+        """What is kept there is of these weights, images and batch; else nothing of it can be used, and nothing is lost."""
+        file = self.folder / f"{self.name}.about.json"
+        now = {
+            "weights": network_digest(self.graph),
+            "calibration images": data_digest([self.calibration]),
+            "batch of the latency table": self.options.latency_batch,
+        }
+        if file.exists():
+            was = json.loads(file.read_text(encoding="utf-8"))
+            other = [name for name in now if was.get(name) != now[name]]
+            if other:
+                raise SystemExit(f"{self.folder} holds what was found with other {', '.join(other)}; give another --tables")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, now)
 
     # --- the tables ---------------------------------------------------------------------------------------------------------
 
@@ -238,13 +256,13 @@ class Contest:
         search = Search(self.survey(method), TOLERANCE, TIMER, method.objective)
         try:
             with timed(self.costs, "solve and measure"):
-                plan, measured = found = search.within(1 / asked, None, 4, _silent)
+                plan, measured = found = search.within(Budget(1 / asked), 4, _silent)
         except fxmerge.BudgetError as refusal:
             return {"fastest": refusal.asked_ns * asked / refusal.fastest_ns}
         weights: Mapping[str, Any] = {}
         if method.fitted:
             with timed(self.costs, "fit (several plans a start)"):
-                plan, measured, weights = search.best_near(found, 1 / asked, None, fxmerge.Reconstruction(), _silent)
+                plan, measured, weights = search.best_near(found, Budget(1 / asked), fxmerge.Reconstruction(), _silent)
         student, merged = build_networks(self.findings, plan, weights)
         fxmerge.save_student(student, plan, self.example, folder / "closed form")
         one, its = already_merged(self.graph, plan, weights=weights)
@@ -273,8 +291,8 @@ class Contest:
             with timed(self.costs, "bisect"):
                 build, timer = self.builder(method, round_to), TIMER or fxmerge.compare
                 return nearest(build, self.original, self.example, asked, timer, tolerance=TOLERANCE)
-        except LookupError as refusal:
-            return float(refusal.args[1])
+        except TooSlow as refusal:
+            return refusal.fastest
 
     def _distance(self, graph: GraphModule) -> float:
         ready = with_statistics(graph, self.calibration)
@@ -408,12 +426,8 @@ def _repeated(images: Tensor, count: int) -> Tensor:
 
 
 def shifted(batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """The usual augmentation of CIFAR for calibration tuning: flips, and shifts of up to two pixels."""
-    images = batch[0]
-    flipped = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.flip(3), images)
-    down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
-    height, width = images.shape[2:]
-    return (F.pad(flipped, (2, 2, 2, 2))[:, :, down : down + height, right : right + width],)
+    """The augmentation of calibration tuning: flips, and shifts of up to two pixels."""
+    return (moved(batch[0], 2, generator),)
 
 
 def _silent(done: int, total: int) -> None:

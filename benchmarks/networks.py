@@ -96,13 +96,6 @@ def normalised(pixels: Tensor) -> Tensor:
     return (pixels - mean) / std
 
 
-def cifar10(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32), normalised, and labels, of ``train`` or ``test``."""
-    images, labels = pixels(split)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std, labels
-
-
 def pixels(split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 3, 32, 32), bytes, and labels, of ``train`` or ``test``; decoded once, then kept as an array beside."""
     file = cache() / f"cifar10-jpeg-{split}.pt"

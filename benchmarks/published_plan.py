@@ -27,6 +27,7 @@ from benchmarks.stages import timed
 from fxmerge.core.plan import Plan
 from fxmerge.data import read_images
 from fxmerge.measure.progress import Bars
+from fxmerge.measure.store import opened
 from fxmerge.search import build_networks
 
 #: Convolutions, numbered from the stem, that an activation is kept behind (a merge ends there), and those pruned.
@@ -80,8 +81,7 @@ def run(options: argparse.Namespace) -> str:
     images = calibration(options).to(options.device, getattr(torch, options.dtype))
     example = torch.randn(options.batch, 3, options.size, options.size, device=options.device, dtype=images.dtype)
     target = fxmerge.Target(options.device, options.dtype, options.channels_last, options.backends[0])
-    store = fxmerge.Store(options.store) if options.store else None
-    with torch.no_grad(), Bars(True) as bars:
+    with torch.no_grad(), opened(options.store) as store, Bars(True) as bars:
         findings = fxmerge.find_segments(fxmerge.trace(model, example))
         published = plan_of(findings, KEPT, PRUNED)
         offered = fxmerge.propose(findings, fxmerge.Space(max_kernel=options.max_kernel))

@@ -17,6 +17,14 @@ from benchmarks.networks import Block
 IMPORTANCES = ("magnitude", "norms", "taylor")
 
 
+class TooSlow(LookupError):
+    """None of the networks that were tried is fast enough; carries the fastest speed-up."""
+
+    def __init__(self, message: str, fastest: float) -> None:
+        super().__init__(message)
+        self.fastest = fastest
+
+
 @dataclass(frozen=True, eq=False)
 class Near:
     """A network as large as a latency allows.
@@ -61,7 +69,7 @@ def nearest(
         tries: networks to time at most.
 
     Raises:
-        LookupError: none that was tried meets the speed-up; carries the fastest.
+        TooSlow: none that was tried meets the speed-up.
     """
     low, high = 0.0, 1.0
     kept: Near | None = None
@@ -81,7 +89,7 @@ def nearest(
         if 1 - tolerance <= over <= 1 + tolerance:
             break
     if kept is None:
-        raise LookupError(f"none of {tries} networks is {speedup:.2f} times as fast as the original", fastest)
+        raise TooSlow(f"none of {tries} networks is {speedup:.2f} times as fast as the original", fastest)
     return kept
 
 

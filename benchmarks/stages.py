@@ -11,5 +11,7 @@ from contextlib import contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Add what is done inside to the seconds of a stage."""
     start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    try:
+        yield
+    finally:  # a refusal takes its time, too
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

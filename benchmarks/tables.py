@@ -29,6 +29,7 @@ from benchmarks.stages import timed
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.measure.paging import KEPT
 from fxmerge.measure.progress import Bars
+from fxmerge.measure.store import opened
 from fxmerge.measure.timer import for_networks
 from fxmerge.search import Search
 from fxmerge.survey import Survey
@@ -83,8 +84,7 @@ def run(name: str, options: argparse.Namespace) -> str:
     example = torch.randn(options.batch, 3, options.size, options.size)
     images = torch.randn(options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
     target = fxmerge.Target(channels_last=options.channels_last, backend=options.backend)
-    store = fxmerge.Store(options.store) if options.store else None
-    with torch.no_grad(), Bars(True) as bars:
+    with torch.no_grad(), opened(options.store) as store, Bars(True) as bars:
         with timed(seconds, "trace"):
             graph = fxmerge.trace(model, example)
         with timed(seconds, "find segments"):

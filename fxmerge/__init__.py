@@ -61,11 +61,12 @@ from fxmerge.errors import (
 from fxmerge.graph.trace import trace
 from fxmerge.interchange import read_depth_tables, read_published, write_published
 from fxmerge.measure.calibration import as_batches
-from fxmerge.measure.diffusion import NoisePrediction, TimeShares, recorded_inputs
+from fxmerge.measure.diffusion import NoisePrediction, TimeShares
 from fxmerge.measure.executors import Executor, Local, Processes, Ray
 from fxmerge.measure.finetuning import Custom, FineTuning
 from fxmerge.measure.latency import baseline, measure_latency, worthwhile
 from fxmerge.measure.reconstruction import Reconstruction, fit
+from fxmerge.measure.recorded import recorded_inputs
 from fxmerge.measure.resources import count_resource
 from fxmerge.measure.scoring import Scorer, measure_importance
 from fxmerge.measure.store import Store

@@ -4,8 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 from fxmerge.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The latency that may remain: a fraction of the folded original's, or so many milliseconds."""
+
+    fraction: float | None = None
+    latency_ms: float | None = None
+
+    @classmethod
+    def asked(cls, speedup: float | None, fraction: float | None, latency_ms: float | None) -> Budget:
+        """The budget that is given one way or another; InputError as :func:`asked_fraction`."""
+        return cls(asked_fraction(speedup, fraction, latency_ms), latency_ms)
+
+    def of_ns(self, original_ns: float) -> float:
+        """In nanoseconds, where the folded original takes so long.
+
+        >>> Budget(fraction=0.5).of_ns(30.0), Budget(latency_ms=2.0).of_ns(30.0)
+        (15.0, 2000000.0)
+        """
+        return original_ns * self.fraction if self.fraction is not None else (self.latency_ms or 0.0) * 1e6
 
 
 def asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:

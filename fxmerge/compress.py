@@ -12,7 +12,7 @@ from torch import nn
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.candidates import Space
-from fxmerge.budget import asked_fraction
+from fxmerge.budget import Budget
 from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.table import Measurement, Target
@@ -92,7 +92,7 @@ def compress(
         raise InputError(f"objective must be one of {', '.join(get_args(Objective))}, found {objective!r}")
     if exact and (speedup, fraction, latency_ms) != (None, None, None):
         raise InputError("give exact=True, which takes whatever pays, or a budget; found both")
-    asked = None if exact else asked_fraction(speedup, fraction, latency_ms)
+    budget = Budget() if exact else Budget.asked(speedup, fraction, latency_ms)
     _check_search(tolerance, corrections, trials)
     # What is made here is to be trained, wherever it is made; and the caller's random numbers are the caller's.
     with torch.inference_mode(False), opened(store) as kept, Bars(progress) as bars:
@@ -117,8 +117,8 @@ def compress(
             if exact:
                 plan, measured = search.best_exact()
             else:
-                tried = search.within(asked, latency_ms, corrections, bars("budget"))
-                plan, measured, weights = search.best_near(tried, asked, latency_ms, fitter_of(scorer), bars("fit"), trials)
+                tried = search.within(budget, corrections, bars("budget"))
+                plan, measured, weights = search.best_near(tried, budget, fitter_of(scorer), bars("fit"), trials)
             return build(found, search.front, plan, weights, measured)
 
 

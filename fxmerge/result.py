@@ -60,7 +60,8 @@ class Result:
 
         ``fxmerge.tune.calibrate_norms`` gives the norms their statistics; ``fxmerge.fuse`` folds them again.
         """
-        return linearize(annotate(self.findings.graph, self.plan), weights=self.weights, norms=True)
+        annotated, operators = annotate(self.findings.graph, self.plan), self.findings.operators
+        return linearize(annotated, weights=self.weights, norms=True, operators=operators)
 
     @property
     def speedup(self) -> float:

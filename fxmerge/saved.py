@@ -21,6 +21,7 @@ from fxmerge.core.tensors import apart, checksum
 from fxmerge.errors import PlanError, PlanMismatchError
 from fxmerge.graph.meta import origin
 from fxmerge.graph.trace import as_arguments, check_finite, trace
+from fxmerge.operators import Operators
 from fxmerge.passes.adjust import give_biases
 from fxmerge.passes.annotate import annotate, merges
 from fxmerge.passes.fuse_segments import fuse
@@ -78,13 +79,16 @@ def save_student(
     (folder / REPORT).write_text(report + "\n", encoding="utf-8")
 
 
-def load(directory: str | os.PathLike[str], model: nn.Module, example_inputs: Any = None) -> Loaded:
+def load(
+    directory: str | os.PathLike[str], model: nn.Module, example_inputs: Any = None, *, operators: Operators | None = None
+) -> Loaded:
     """Make student and merged network again from the original model and a saved folder. Nothing is unpickled.
 
     Args:
         directory: written by :meth:`Result.save` or :func:`save_student`; its ``student.safetensors`` is all that is read.
         model: the original network, as it was compressed; its weights do not matter.
         example_inputs: to trace it with; None for noise in 0..1 of the sizes and dtypes saved (integers: zeros).
+        operators: what was known of operators when the plan was made; None for the default table.
 
     Raises:
         PlanError: the file is damaged or missing.
@@ -93,10 +97,12 @@ def load(directory: str | os.PathLike[str], model: nn.Module, example_inputs: An
     path = Path(directory) / STUDENT
     about, tensors = _read(path)
     plan, norms, inputs = _understood(path, about, example_inputs)
-    student = linearize(annotate(trace(model, inputs), plan), norms=norms)
+    with torch.random.fork_rng(devices=[]):  # new layers are initialised before they get what was saved
+        graph = trace(model, inputs, leaves=operators.modules if operators else ())
+        student = linearize(annotate(graph, plan), norms=norms, operators=operators)
     _restore(student, tensors, path)
     check_finite(student)
-    return Loaded(fuse(student), student, plan)
+    return Loaded(fuse(student, operators=operators), student, plan)
 
 
 def _check_made_with(student: GraphModule, plan: Plan) -> None:

@@ -14,18 +14,20 @@ from torch.fx import GraphModule
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
+from fxmerge.budget import Budget
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import ImportanceTable, Measurement
 from fxmerge.errors import BudgetError
-from fxmerge.measure.belief import Belief
 from fxmerge.measure.latency import baseline
+from fxmerge.measure.progress import Progress
 from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.measure.study import Trial
-from fxmerge.measure.timer import Progress, Timed, Timer, compare
+from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
+from fxmerge.solve.belief import Belief
 from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
 from fxmerge.solve.space import restrict
@@ -63,6 +65,7 @@ class Search:
 
     @cached_property
     def front(self) -> ParetoFront:
+        """Of all candidates, by the tables as they were measured."""
         return self.found.study.front(objective=self.objective)
 
     @cached_property
@@ -81,7 +84,7 @@ class Search:
         return original, found
 
     def best_exact(self) -> tuple[Plan, tuple[Measurement, Measurement]]:
-        """The fastest plan that loses nothing, if it is measurably faster; else none at all."""
+        """The fastest plan that loses nothing, if the median of its times is below the original's; else none at all."""
         plan = self.front.plan(0)
         measured = self.measure(plan)
         if measured[1].median_ns >= measured[0].median_ns and plan.merges:
@@ -90,23 +93,30 @@ class Search:
             measured = self.measure(plan)
         return plan, measured
 
-    def within(
-        self, fraction: float | None, latency_ms: float | None, corrections: int, progress: Progress
-    ) -> tuple[Plan, tuple[Measurement, Measurement]]:
+    def within(self, budget: Budget, corrections: int, progress: Progress) -> tuple[Plan, tuple[Measurement, Measurement]]:
         """Pick, build, measure; correct the budget by what measuring says; until measured and asked agree.
 
         A plan is good enough when it is not over the budget by more than the tolerance. Of those the least loss is kept. The
         search ends when one is within the tolerance below as well, or when the front has no plan between the last two.
+
+        Args:
+            budget: for the whole network, measured.
+            corrections: plans measured after the first, at most.
+            progress: called with (done, total) plans.
+
+        Returns:
+            The plan, and the folded original and the merged network as they were timed, in turn.
+
+        Raises:
+            BudgetError: the fastest plan there is does not meet the budget either.
         """
-        budget = self.front.original_ns * fraction if fraction is not None else (latency_ms or 0.0) * 1e6
         low, high = 0, len(self.front) - 1
-        index = self._index(budget)
+        index = self._index(budget.of_ns(self.front.original_ns))
         kept: tuple[Plan, tuple[Measurement, Measurement]] | None = None
         for step in range(corrections + 1):
             plan = self.front.plan(index)
             measured = self.measure(plan)
-            asked = measured[0].median_ns * fraction if fraction is not None else budget
-            ratio = measured[1].median_ns / asked
+            ratio = measured[1].median_ns / budget.of_ns(measured[0].median_ns)
             log.info("plan of %.3f ms predicted takes %.3f of the budget", (plan.latency_ns or 0) / 1e6, ratio)
             progress(step + 1, corrections + 1)
             if ratio <= 1 + self.tolerance:
@@ -119,14 +129,13 @@ class Search:
                 break
             index = min(max(self._index((plan.latency_ns or 0) / ratio), low), high)
         if kept is None:
-            kept = self._fastest(fraction, budget)
+            kept = self._fastest(budget)
         return kept
 
     def best_near(
         self,
         found: tuple[Plan, tuple[Measurement, Measurement]],
-        fraction: float | None,
-        latency_ms: float | None,
+        budget: Budget,
         scorer: Reconstruction,
         progress: Progress,
         trials: int = TRIALS,
@@ -136,16 +145,20 @@ class Search:
         The sum of the candidates' losses sees neither how their errors act together nor what the layers behind make up for. Here
         plans are fitted whole: many on few images, the best of those on all. After the one found come the best of smaller
         spaces, such as layers pruned only; then what was fitted tells which plan to try next
-        (:class:`fxmerge.measure.belief.Belief`). Each is measured again before it is taken.
+        (:class:`fxmerge.solve.belief.Belief`). Whichever is taken was measured, and is within the budget.
 
         Args:
-            found, fraction, latency_ms: what :meth:`within` gave, and was given.
+            found, budget: what :meth:`within` gave, and was given.
             scorer: what fits.
             progress: called with (done, total) plans.
             trials: plans fitted on few images; 0 takes the one found.
+
+        Returns:
+            The plan, the folded original and the merged network as they were timed, and weights as :meth:`Reconstruction.fit`
+            gives them.
         """
         plan, measured = found
-        asked = measured[0].median_ns * fraction if fraction is not None else (latency_ms or 0.0) * 1e6
+        asked = budget.of_ns(measured[0].median_ns)
         over = max(1, measured[1].median_ns) / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
         most = max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over))
         tried = self._tried(plan, most, scorer, trials, lambda done: progress(done, trials + _FINALS))
@@ -157,7 +170,7 @@ class Search:
         for loss, _, one, weights in sorted(scored, key=lambda entry: entry[:2]):
             log.info("plan of %.3f ms predicted: loss %.4g alone, %.4g together", (one.latency_ns or 0) / 1e6, one.loss, loss)
             again = measured if one.merges == plan.merges else self.measure(one)
-            asked = again[0].median_ns * fraction if fraction is not None else asked
+            asked = budget.of_ns(again[0].median_ns)
             if one.merges == plan.merges or again[1].median_ns <= asked * (1 + self.tolerance):
                 return one, again, weights
         return plan, measured, scorer.fit(self.found.findings, plan, self.found.batches)
@@ -215,12 +228,12 @@ class Search:
         except BudgetError:
             return 0
 
-    def _fastest(self, fraction: float | None, budget: float) -> tuple[Plan, tuple[Measurement, Measurement]]:
+    def _fastest(self, budget: Budget) -> tuple[Plan, tuple[Measurement, Measurement]]:
         """The fastest plan there is, if it meets the budget."""
         plan = self.front.plan(0)
         measured = self.measure(plan)
         original, found = (m.median_ns for m in measured)
-        asked = original * fraction if fraction is not None else budget
+        asked = budget.of_ns(original)
         if found > asked * (1 + self.tolerance):
             raise BudgetError(
                 f"asked for {asked / 1e6:.3f} ms ({original / asked:.2f}x); the fastest plan there is takes {found / 1e6:.3f} ms, "

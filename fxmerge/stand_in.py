@@ -40,7 +40,8 @@ def in_place_of(
 
     Raises:
         InputError: these are no modules, or the example does not fit the model's signature; when called, that the arguments
-            are others than those traced with, or that what was a constant for the graph has another value.
+            are others than those traced with, or that what was a constant for the graph has another value, dtype and device
+            of a network read by torch.export among them.
         TypeError: when called, as the model's own signature raises it.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -101,7 +102,22 @@ class _Call:
         values = {name: self._ready(name, given, images) for name in self.example}
         names = list(values)
         by_name = {name: values[name] for name in names[self.positional :]}
-        return self._formed(self.network(*(values[name] for name in names[: self.positional]), **by_name), form)
+        try:
+            output = self.network(*(values[name] for name in names[: self.positional]), **by_name)
+        except Exception as fault:
+            self._check_not_moved(fault)
+            raise
+        return self._formed(output, form)
+
+    def _check_not_moved(self, fault: Exception) -> None:
+        """Of a graph from torch.export, dtype and device are constants; moved, it fails somewhere inside."""
+        traced = next((v for v in self.example.values() if isinstance(v, Tensor) and v.is_floating_point()), None)
+        now = next((p for p in self.network.parameters() if p.is_floating_point()), None)
+        if self.constant and traced is not None and now is not None and (now.dtype, now.device) != (traced.dtype, traced.device):
+            raise InputError(
+                f"{self.name} was read by torch.export in {traced.dtype} on {traced.device}, which are constants in the merged "
+                f"network, and it was moved to {now.dtype} on {now.device}: move the model first, then compress it there"
+            ) from fault
 
     def _is_default(self, name: str, value: Any) -> bool:
         default = self.signature.parameters[name].default

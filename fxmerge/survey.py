@@ -127,11 +127,7 @@ def survey(
 def _space(space: Space | str) -> Space:
     if isinstance(space, Space):
         return space
-    try:
-        return Space.named(space)  # type: ignore[arg-type]
-    except (KeyError, TypeError) as fault:
-        names = "joint, composed, activations, layers or exact"
-        raise InputError(f"space must be an fxmerge.Space or one of {names}, found {space!r}") from fault
+    return Space.named(space)  # type: ignore[arg-type]
 
 
 def own_random_numbers(target: Target) -> AbstractContextManager[Any]:

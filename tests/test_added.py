@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from dataclasses import replace
@@ -14,6 +15,8 @@ from torch.fx import GraphModule
 
 import fxmerge
 from fxmerge.analysis.report import explain
+from fxmerge.core.segment import narrowed
+from fxmerge.measure.divergence import divergence
 from fxmerge.search import build_networks
 from fxmerge.tune import already_merged, shared_cuts
 from tests.fakes import PriceTimer
@@ -30,7 +33,7 @@ class Bottleneck(nn.Module):
         self.expand, self.first = nn.Conv2d(width, 3 * width, 1, bias=False), nn.BatchNorm2d(3 * width)
         self.depth, self.second = nn.Conv2d(3 * width, 3 * width, 3, 1, 1, groups=3 * width), nn.BatchNorm2d(3 * width)
         self.project, self.third = nn.Conv2d(3 * width, width, 1), nn.BatchNorm2d(width)
-        self.act1, self.act2, self.skip = activation, activation, skip
+        self.act1, self.act2, self.skip = copy.deepcopy(activation), copy.deepcopy(activation), skip
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.first(self.expand(x)))
@@ -151,20 +154,17 @@ def test_a_merge_behind_reads_the_activation(found: Found) -> None:
             assert relative_error(expected, fxmerge.fuse(graph)(images())) <= TOLERANCE[torch.float64]
 
 
-def test_an_entry_is_not_overwritten_where_nothing_is_left_of_the_branch() -> None:
-    """All convolutions inside removed: the exit is what entered, and the activation, in place, must not write there."""
-    case = Found()
-    pruned = [c for c in case.added if c.kind == "composed" and c.removed and c.geometry.kernel == (1, 1)]
-    assert pruned
-    for candidate in pruned:
-        assert_law(case.graph, case.plan(candidate), [images()])
-
-
 def test_what_is_scored_is_what_the_student_computes(found: Found) -> None:
-    plan = found.plan(found.whole())
-    table = fxmerge.measure_importance(found.findings, found.proposals, images(32, seed=1))
-    assert table.loss(plan.merges[0].id) > 0
-    assert table.loss(plan.merges[0].id) != table.loss(replace(plan.merges[0], added="").id)
+    batch, candidate = images(32, seed=1), found.whole()
+    alone = fxmerge.Reconstruction().alone()
+    [proposal] = narrowed(found.proposals, lambda c: c == candidate)
+    scored = fxmerge.measure_importance(found.findings, [proposal], batch).loss(candidate.id)
+    plan = found.plan(candidate)
+    _, merged = build_networks(found.findings, plan, alone.fit(found.findings, plan, fxmerge.as_batches(batch, found.graph)))
+    with torch.no_grad():
+        expected = float(divergence(found.graph(batch), merged(batch)).mean())
+    assert scored == pytest.approx(expected, rel=1e-6)
+    assert scored > 0
 
 
 def test_fitted_through_it_no_more_is_lost_than_fitted_without(found: Found) -> None:
@@ -219,6 +219,24 @@ def test_plans_keep_it_through_json_and_old_ones_have_none(found: Found) -> None
     data = json.loads(json.dumps(plan.to_json()))
     assert fxmerge.Plan.from_json(data) == plan
     assert "added" not in found.plan(replace(plan.merges[0], added="")).to_json()["merges"][0]
+
+
+def test_one_with_parameters_is_refused_behind_another_tensor() -> None:
+    """A plan that names it all the same, as no proposal does."""
+    case = Found(nn.PReLU(18))
+    good = next(c for c in case.candidates if c.kind == "fitted" and c.exit == c.end == "one_add" and c.activations)
+    with pytest.raises(fxmerge.PlanMismatchError, match="has numbers of its own, or reads several tensors"):
+        fxmerge.annotate(case.graph, case.plan(replace(good, added=good.activations[-1])))
+
+
+def test_an_exact_space_has_none() -> None:
+    case = Found()
+    space = replace(fxmerge.Space(exact=True), added=True)
+    offered = [c for p in fxmerge.propose(case.findings, space) for c in p.candidates]
+    assert all(c.exact for c in offered)
+    assert {c.id for c in offered} == {
+        c.id for p in fxmerge.propose(case.findings, fxmerge.Space.named("exact")) for c in p.candidates
+    }
 
 
 @pytest.mark.parametrize("fault", ["stranger", "kept", "number"])

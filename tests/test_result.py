@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.core.tensors import checksum
+from fxmerge.operators import default_operators
 from fxmerge.testing import assert_equivalent
 from tests.fakes import PriceTimer
 from tests.small import images, network
+from tests.test_compress import Gain, GainOperator, with_gain
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +333,21 @@ def test_a_plan_is_annotated_again_on_a_trained_student(saved: tuple[Path, fxmer
     merged = fxmerge.fuse(fxmerge.annotate(student, result.plan))
     assert_equivalent(student, merged, [images(3).double()])
     assert len(list(merged.graph.nodes)) < len(list(student.graph.nodes))
+
+
+def test_what_was_made_with_operators_of_ones_own_is_loaded_trained_and_fused_with_them(tmp_path: Path) -> None:
+    table = default_operators().extended(modules={Gain: GainOperator()})
+    model, x = with_gain(nn.ReLU(), Gain()), images(2).double()
+    result = fxmerge.compress(
+        model, x, speedup=1.6, calibration=images(32).double(), space="composed", timer=PriceTimer(), operators=table
+    )
+    result.save(tmp_path / "out")
+    torch.manual_seed(3)
+    loaded = fxmerge.load(tmp_path / "out", model, operators=table)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))  # no random numbers are used up
+    assert_equivalent(loaded.model, result.model, [x])
+    assert_equivalent(result.student_with_norms(), result.student, [x])
+    with pytest.raises(fxmerge.PassError, match=r"cannot be multiplied out.* Give fuse\(\) the operators"):
+        fxmerge.fuse(result.student)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import fxmerge
+from fxmerge.budget import Budget
 from fxmerge.core.table import ImportanceTable
 from fxmerge.search import Search
 from fxmerge.survey import Survey, survey
@@ -32,11 +33,10 @@ def misled(found: Survey) -> Survey:
 def taken(found: Survey, trials: int, speedup: float = 1.3) -> tuple[fxmerge.Plan, float, float]:
     """The plan taken, its measured speed-up, and what it loses on images that no fit saw."""
     search = Search(found, 0.03, PriceTimer())
-    start = search.within(1 / speedup, None, 4, lambda done, total: None)
+    budget = Budget(1 / speedup)
+    start = search.within(budget, 4, lambda done, total: None)
     seen: list[tuple[int, int]] = []
-    plan, measured, weights = search.best_near(
-        start, 1 / speedup, None, FITTER, lambda done, total: seen.append((done, total)), trials=trials
-    )
+    plan, measured, weights = search.best_near(start, budget, FITTER, lambda done, total: seen.append((done, total)), trials=trials)
     assert seen[-1][0] == seen[-1][1]
     assert all(0 < done <= total for done, total in seen)
     batches = fxmerge.as_batches(images(128, seed=9), found.findings.graph)

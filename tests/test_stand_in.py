@@ -171,3 +171,11 @@ def test_a_pipelines_unet_is_compressed_put_back_and_sampled_with_ddim() -> None
     assert type(pipeline.unet).__name__ == "UNet2DModel"
     assert before.shape == after.shape == (2, 8, 8, 3)
     assert 0 < abs(before - after).mean() < 0.2
+
+
+def test_a_network_that_torch_export_read_says_that_it_cannot_be_moved() -> None:
+    model = unet().float()
+    given = noise(2, 3, 8, 8).float(), times(2)
+    there = in_place_of(model, fxmerge.trace(model, given), given).double()
+    with pytest.raises(fxmerge.InputError, match="was read by torch.export in torch.float32 on cpu.* moved to torch.float64"):
+        there(noise(2, 3, 8, 8).double(), times(2))

@@ -29,8 +29,10 @@ from benchmarks.ddpm.sampling import Ratio, ddim, noise, seconds_in_turn
 from benchmarks.made_up import MadeUp
 from benchmarks.numbered import convolutions, expressed, fastest_within, loss_of, norm_behind
 from benchmarks.stages import timed
+from fxmerge.budget import Budget
 from fxmerge.core.plan import Plan
 from fxmerge.measure.progress import Bars
+from fxmerge.measure.store import opened
 from fxmerge.search import Search, build_networks
 from fxmerge.survey import Survey
 
@@ -85,8 +87,7 @@ def run(options: argparse.Namespace) -> str:
     target = fxmerge.Target(o.device, o.dtype, o.channels_last, o.backends[0])
     dtype = getattr(torch, o.dtype)
     example = inputs(o.batch, o.device, dtype)
-    store = fxmerge.Store(o.store) if o.store else None
-    with torch.no_grad(), Bars(True) as bars:
+    with torch.no_grad(), opened(o.store) as store, Bars(True) as bars:
         model = cifar_unet(o.width).to(o.device, dtype)
         with timed(seconds, "trace, find, propose"):
             findings = searched(model, example)
@@ -178,7 +179,7 @@ def published_plan(findings: fxmerge.Findings, space: fxmerge.Space | None = Non
 def _budget(search: Search, speedup: float, bars: Bars) -> tuple[Plan | None, tuple[str, ...]]:
     """The plan that measures within a budget, and its row."""
     try:
-        plan, (original, merged) = search.within(1 / speedup, None, 4, bars(f"{speedup:g}x"))
+        plan, (original, merged) = search.within(Budget(1 / speedup), 4, bars(f"{speedup:g}x"))
     except fxmerge.BudgetError as refusal:
         return None, (f"{speedup:.2f}x", "", f"cannot; fastest {refusal.fastest_ns / 1e6:.2f} ms", "", "")
     predicted = search.front.original_ns / max(1, plan.latency_ns or 1)

@@ -39,10 +39,9 @@ def images(name: str) -> Images:
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
         pixels, classes = pixels[order], classes[order]
         return Images(pixels[count:], classes[count:], pixels[:count], classes[:count])
-    from benchmarks.networks import MEAN, STD, cifar10
+    from benchmarks.networks import pixels as of_cifar10
 
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    parts = [(F.avg_pool2d(2 * (x * std + mean) - 1, 2), y) for x, y in map(cifar10, ("train", "test"))]
+    parts = [(F.avg_pool2d(x.float() / 127.5 - 1, 2), y) for x, y in map(of_cifar10, ("train", "test"))]
     (train, train_classes), (test, test_classes) = parts
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:count]
     return Images(train, train_classes, test[order], test_classes[order])

@@ -38,6 +38,7 @@ from benchmarks.ddpm.networks import SCHEDULE, Features, small_unet
 from benchmarks.ddpm.sampling import Ratio, ddim, frechet_distance, noise, prediction, seconds_in_turn
 from benchmarks.ddpm.training import trained_classifier, trained_unet, tuned
 from benchmarks.networks import accuracy
+from fxmerge.budget import Budget
 from fxmerge.core.files import write_json
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import narrowed
@@ -264,12 +265,12 @@ class Bench:
         found = replace(self.survey, proposals=narrowed(self.survey.proposals, lambda candidate: candidate.id in offered))
         search = Search(found, 0.03, TIMER)
         try:
-            tried = search.within(1 / speedup, None, 4, self.bars(f"{space} {speedup:g}"))
+            tried = search.within(Budget(1 / speedup), 4, self.bars(f"{space} {speedup:g}"))
         except fxmerge.BudgetError:
             original, merged = search.measure(search.front.plan(0))
             return {"fastest": original.median_ns / merged.median_ns}
         progress = self.bars("fit")
-        plan, measured, weights = search.best_near(tried, 1 / speedup, None, FIT, progress, trials=self.options.trials)
+        plan, measured, weights = search.best_near(tried, Budget(1 / speedup), FIT, progress, trials=self.options.trials)
         student, _ = build_networks(self.findings, plan, weights)
         plan.save(place / "plan.json")
         save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, place / "student.safetensors")

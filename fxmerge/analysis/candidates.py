@@ -19,15 +19,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from torch.fx import GraphModule, Node
-
 from fxmerge.algebra.affine import vanishing
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Geometry
+from fxmerge.core.options import require_whole
 from fxmerge.core.segment import Candidate, Proposal, Segment
+from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
-from fxmerge.graph.query import module_of, node_named
+from fxmerge.graph.query import acts_alike, node_named
 from fxmerge.operators import Activation, Site, read_maps
 
 #: geometry -> (sum of the L1 norms kept, names removed)
@@ -47,10 +47,13 @@ class Space:
         added: offer every merge of a segment that no activation is behind (a linear bottleneck) also with the last of those that it
             removes put there, as was published. What was negative is lost by that, so it is for students that are trained.
         merge: offer to merge several layers; without it, layers are only pruned, one at a time.
-        exact: offer only what keeps the function.
+        exact: offer only what keeps the function, whatever else is asked for.
         max_kernel: largest kernel offered, in taps on an axis; where the image becomes larger by u, each output reads a u-th.
         max_unknowns: fitted kernels are offered up to so many weights a filter (C_in/groups times taps); fitting takes memory by
             the square, and time by the cube, of that.
+
+    Raises:
+        InputError: one of the last two is no such number.
     """
 
     composed: bool = True
@@ -64,20 +67,28 @@ class Space:
     max_kernel: int = 7
     max_unknowns: int = 4800
 
+    def __post_init__(self) -> None:
+        require_whole("max_kernel", self.max_kernel, 1)
+        require_whole("max_unknowns", self.max_unknowns, 0)
+
     @classmethod
     def named(cls, name: Literal["joint", "composed", "activations", "layers", "exact"]) -> Space:
-        """The spaces with a name: everything, and the baselines.
+        """The spaces with a name: everything, and the baselines; InputError for another name.
 
         ``joint`` is everything; ``composed`` the published candidates; ``activations`` removes activations only (Kim et al.
         2023); ``layers`` prunes single convolutions only; ``exact`` keeps the function.
         """
-        return {
+        spaces = {
             "joint": cls(),
             "composed": cls(fitted=False),
             "activations": cls(fitted=False, prune=False, identity=False),
             "layers": cls(fitted=False, composed=False, prune=False, merge=False),
             "exact": cls(fitted=False, prune=False, identity=False, exact=True),
-        }[name]
+        }
+        if not isinstance(name, str) or name not in spaces:
+            *names, last = spaces
+            raise InputError(f"space must be an fxmerge.Space or one of {', '.join(names)} or {last}, found {name!r:.80}")
+        return spaces[name]
 
 
 def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, ...]:
@@ -96,8 +107,8 @@ def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, .
     prunings = _Prunings(norms)
     for segment in findings.segments:
         size = _entry_size(findings, segment)
-        offered = list(_candidates(findings, segment, space, prunings))
-        offered += _with_activation(findings, segment, offered) if space.added else []
+        offered = [c for c in _candidates(findings, segment, space, prunings) if c.exact or not space.exact]
+        offered += _with_activation(findings, segment, offered) if space.added and not space.exact else []
         unique = {candidate.id: candidate for candidate in offered if _leaves_pixels(candidate.geometry, size)}
         if unique and (space.norms or not segment.norms):
             proposals.append(Proposal(segment, tuple(unique.values())))
@@ -151,16 +162,10 @@ def _with_activation(findings: Findings, segment: Segment, offered: Sequence[Can
     assert exit_node is not None
     behind = segment.end != segment.exit or any(isinstance(findings.verdicts.get(n), Activation) for n in exit_node.users)
     last = node_named(findings.graph, segment.activations[-1]) if segment.activations else None
-    if behind or last is None or not _acts_alike_on_all(findings.graph, last):
+    if behind or last is None or not acts_alike(findings.graph, last):
         return []
     merged = (candidate for candidate in offered if candidate.kind != "identity" and not candidate.moved)
-    return [replace(candidate, added=last.name, exact=False) for candidate in merged]
-
-
-def _acts_alike_on_all(graph: GraphModule, activation: Node) -> bool:
-    """Whether an activation has no numbers of its own, so that it can stand behind any tensor."""
-    module = module_of(graph, activation)
-    return len(activation.all_input_nodes) == 1 and (module is None or next(module.parameters(), None) is None)
+    return [replace(candidate, added=last.name) for candidate in merged]
 
 
 def _entry_size(findings: Findings, segment: Segment) -> tuple[int, ...]:

@@ -9,13 +9,14 @@ from typing import Any
 from fxmerge.errors import InputError
 
 
-def require_whole(name: str, value: object, least: int) -> None:
-    """Raise InputError unless an option is a whole number from some on.
+def require_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise InputError unless an option is a whole number from some on, up to some if there is a most.
 
     >>> require_whole("steps", 0, 0)
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number from {least} on, found {value!r:.80}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        until = "on" if most is None else f"to {most}"
+        raise InputError(f"{name} must be a whole number from {least} {until}, found {value!r:.80}")
 
 
 def require_number(name: str, value: Any, what: str, fits: Callable[[float], bool]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from fxmerge.core.files import read_json, write_csv, write_json
@@ -239,6 +239,11 @@ class ImportanceTable:
     def loss(self, candidate_id: str) -> float:
         """The loss of a candidate; KeyError if it was not measured."""
         return self.candidates[candidate_id].loss
+
+    def scaled(self, factors: Mapping[str, float]) -> ImportanceTable:
+        """The candidates named, the loss of each multiplied by its factor, and bounded."""
+        known = {name: self.candidates[name] for name in factors}
+        return ImportanceTable({name: replace(one, loss=bounded(one.loss * factors[name])) for name, one in known.items()})
 
     def to_json(self) -> dict[str, Any]:
         """A value that ``json`` can write and :meth:`from_json` reads back."""

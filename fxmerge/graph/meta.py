@@ -32,7 +32,7 @@ class Facts:
         source: ``file:line`` of the user's code, where known.
         constant: whether it is computed from parameters alone.
         role: what the plan does with the node: ``removed`` (becomes an identity), ``merged`` (kept in the student, part of the
-            one convolution), ``replaced`` (gone from the student), ``exit`` (the last of a segment).
+            one convolution), ``replaced`` (gone from the student).
         merge: on an exit, the candidate that ends here.
         behind: of an activation that a merge has put there, the exit that it stands behind, and stands for to all other merges.
     """
@@ -44,7 +44,7 @@ class Facts:
     target: str = ""
     source: str = ""
     constant: bool = False
-    role: Literal["", "removed", "merged", "replaced", "exit"] = ""
+    role: Literal["", "removed", "merged", "replaced"] = ""
     merge: Candidate | None = None
     behind: str = ""
 

@@ -66,6 +66,13 @@ def tensor_named(graph: GraphModule, name: str) -> Node | None:
     return next((reader for reader in readers if facts(reader).behind == name), node)
 
 
+def acts_alike(graph: GraphModule, activation: Node) -> bool:
+    """Whether an activation reads one tensor and holds none, so that it can stand behind any other tensor."""
+    module = module_of(graph, activation)
+    held = () if module is None else (*module.parameters(), *module.buffers())
+    return len(activation.all_input_nodes) == 1 and not held
+
+
 def has_sole_user(node: Node) -> bool:
     return len(node.users) == 1
 

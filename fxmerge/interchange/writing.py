@@ -75,7 +75,8 @@ def write_published(
         entries[key] = (latency.candidate_ns(candidate.id), latency.candidates[candidate.id], kept, score)
     times, scores = [], []
     for index, (key, (nanoseconds, entry, kept, score)) in enumerate(sorted(entries.items())):
-        spread_ns = latency.measurements[entry].spread_ns * latency.pace
+        measured = latency.measurements[entry]
+        spread_ns = measured.spread_ns * nanoseconds / max(1, measured.median_ns)  # on the scale of the time beside it
         times.append((index, *key, repr(nanoseconds / 1e6), repr(spread_ns / 1.349e6)))  # quartiles of a normal
         scores.append((index, *key, str(kept), repr(score)))
     write_csv(latency_path, LATENCY_COLUMNS, times)

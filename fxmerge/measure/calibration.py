@@ -10,21 +10,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmerge.errors import CalibrationError
+from fxmerge.errors import CalibrationError, FxMergeError
 from fxmerge.graph.meta import Facts, facts
 
 #: Positional arguments of the network for one batch.
 Batch = tuple[Any, ...]
 
 
-def as_batches(calibration: Any, graph: GraphModule, *, batch_size: int = 128, limit: int | None = None) -> tuple[Batch, ...]:
+def as_batches(
+    calibration: Any, graph: GraphModule, *, batch_size: int = 128, limit: int | None = None, seed: int | None = 0
+) -> tuple[Batch, ...]:
     """Batches for a graph from a tensor of images, or an iterable of inputs or of (input, label) pairs; labels are dropped.
+
+    Images come in an order drawn by chance, always the same: scorers and fits take some of them for this, some for that, and data
+    often lies by classes, or by time steps.
 
     Args:
         calibration: a tensor (N, ...), or an iterable of tensors, batched or single, or of tuples of a network's inputs, with a
@@ -32,7 +38,8 @@ def as_batches(calibration: Any, graph: GraphModule, *, batch_size: int = 128, l
         graph: the traced network; says how many inputs there are, of which shape and dtype. An argument with a default that the
             example inputs left out is left out here too.
         batch_size: images a batch.
-        limit: how many images to take at most; None for all.
+        limit: how many images to take at most, from the first that are given; None for all.
+        seed: of the order; None for the order that they are given in.
 
     Raises:
         CalibrationError: not iterable, empty, of the wrong shape, dtype, device or layout, or not finite.
@@ -48,7 +55,12 @@ def as_batches(calibration: Any, graph: GraphModule, *, batch_size: int = 128, l
             break
     if not table.count:
         raise CalibrationError("calibration is empty: give at least one image, better a few hundred")
-    return table.batches(batch_size, table.count if limit is None else min(limit, table.count))
+    return table.batches(batch_size, table.count if limit is None else min(limit, table.count), seed)
+
+
+def arguments_of(graph: GraphModule) -> tuple[str, ...]:
+    """Names of the arguments that a batch for this graph gives."""
+    return tuple(str(node.target) for node in _Columns(graph).given)
 
 
 def images_in(batch: Batch) -> int:
@@ -76,6 +88,21 @@ def in_parts(batches: Sequence[Batch], graph: GraphModule, images: int, *, limit
             parts.append(tuple(value[start:stop] if many else value for value, many in zip(batch, batched, strict=True)))
         left -= count
     return tuple(parts)
+
+
+@contextmanager
+def accepted(batch: Batch) -> Iterator[None]:
+    """What a network raises on calibration inputs becomes a CalibrationError that says of which size they are."""
+    try:
+        yield
+    except (FxMergeError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as fault:
+        sizes = ", ".join(str(tuple(value.shape)) for value in batch if isinstance(value, Tensor))
+        text = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise CalibrationError(
+            f"the network rejects calibration inputs of size {sizes}: {text}. Give images of the size it was traced with"
+        ) from fault
 
 
 def picked(batch: Batch, graph: GraphModule, index: Tensor) -> Batch:
@@ -156,17 +183,24 @@ class _Columns:
             return _batched(checked, known.shape, where)
         return checked
 
-    def batches(self, size: int, count: int) -> tuple[Batch, ...]:
-        """All that was gathered, a few images at a time."""
+    def batches(self, size: int, count: int, seed: int | None) -> tuple[Batch, ...]:
+        """So many of what was gathered, a few images at a time, in an order drawn by this seed, if there is one."""
         batches: list[Batch] = []
-        for first, last in self._alike():
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        runs = list(self._alike())
+        for first, last in runs:
             columns = {n: _joined(c[first:last]) if n in self.batched else c[first] for n, c in self.columns.items()}
             there = min(sum(self.lengths[first:last]), count)
             count -= there
+            if generator is not None:
+                order = torch.randperm(there, generator=generator)
+                columns = {n: value[order.to(value.device)] if n in self.batched else value for n, value in columns.items()}
             for start in range(0, there, size):
                 part = slice(start, min(start + size, there))
                 values = {n: value[part] if n in self.batched else value for n, value in columns.items()}
                 batches.append(tuple(values[node] if node in values else node.args[0] for node in self.holders))
+        if generator is not None and len(runs) > 1:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return tuple(batches)
 
     def _alike(self) -> Iterator[tuple[int, int]]:
@@ -203,7 +237,7 @@ def _checked(value: Any, known: Facts, devices: set[torch.device], where: str) -
         raise CalibrationError(f"{where} is {value.dtype}; the network was traced with {known.dtype}: convert it with .to()")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise CalibrationError(f"{where} holds NaN or infinity; check the preprocessing")
-    return value
+    return value.detach()  # what made it is not trained along with the network
 
 
 def _batched(value: Tensor, shape: tuple[int, ...], where: str) -> Tensor:

@@ -22,30 +22,29 @@ candidates, and of the better half.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.leaves import leaves
 from fxmerge.core.options import require_whole
 from fxmerge.core.segment import Proposal
-from fxmerge.core.table import Importance, bounded
+from fxmerge.core.table import Importance
 from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
-from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts
+from fxmerge.measure.calibration import Batch, arguments_of, as_batches, images_in, in_parts
 from fxmerge.measure.digests import data_digest
-from fxmerge.measure.reconstruction import Reconstruction
+from fxmerge.measure.reconstruction import Reconstruction, mean_loss
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Against = Literal["original", "target"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class NoisePrediction:
     """A scorer: the noise-prediction loss on a hold-out at stratified time steps with fixed noise.
 
@@ -58,7 +57,7 @@ class NoisePrediction:
         prediction: what the network predicts.
         against: ``original`` scores by the mean of d^2, from 0 on; ``target`` by the loss less the original's, which may be
             negative, and which takes many images to tell good candidates apart.
-        fit: what weights candidates get, from the calibration data.
+        fit: what weights candidates get, from the calibration data; its ``shares`` say how much each image held out counts, too.
         seed: of time steps and noise.
 
     Raises:
@@ -81,6 +80,9 @@ class NoisePrediction:
             for value in values:
                 if not isinstance(value, Tensor):
                     raise InputError(f"{name} must be given as tensors, found {type(value).__name__}")
+        require_whole("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.fit, Reconstruction):
+            raise InputError(f"fit must be a Reconstruction, found {self.fit!r:.80}")
         if self.images.dim() < 3 or not len(self.images) or any(len(c) != len(self.images) for c in self.conditions):
             found = ", ".join(str(tuple(value.shape)) for value in (self.images, *self.conditions))
             raise InputError(f"images must be (N, C, *space) and conditions one for each, found {found}")
@@ -107,19 +109,27 @@ class NoisePrediction:
 
     def holdout(self, findings: Findings) -> Iterator[tuple[Batch, Tensor]]:
         """The batches of the network's arguments, and the targets of each, (images, C, *space)."""
+        taken = arguments_of(findings.graph)
+        if len(taken) != 2 + len(self.conditions):
+            raise InputError(
+                f"the network takes {len(taken)} arguments ({', '.join(taken)}): a noisy image, a time step and conditions; "
+                f"{len(self.conditions)} conditions are given"
+            )
         generator = torch.Generator().manual_seed(self.seed)
         count, steps = len(self.images), len(self.signal)
         within = torch.rand(count, generator=generator)
         times = ((torch.arange(count) + within) * steps / count).long().clamp_max(steps - 1)
         noise = torch.randn(self.images.shape, generator=generator).to(self.images)
-        share = self.signal.to(self.images)[times.to(self.signal.device)].view(-1, *(1,) * (self.images.dim() - 1))
-        noisy = share.sqrt() * self.images + (1 - share).sqrt() * noise
+        share = self.signal.cpu().double()[times].to(self.images.device).view(-1, *(1,) * (self.images.dim() - 1))
+        kept, rest = share.sqrt(), (1 - share).sqrt()  # in half precision 1 - a_t would be 0 for the first time steps
+        noisy = (kept * self.images + rest * noise).to(self.images)
         holders = [node for node in findings.graph.graph.nodes if node.op == "placeholder"]
         times = times.to(self.images.device, facts(holders[1]).dtype if len(holders) > 1 else None)
         items = [(noisy[i], times[i], *(c[i] for c in self.conditions)) for i in range(count)]
-        targets = {"epsilon": noise, "sample": self.images, "v_prediction": share.sqrt() * noise - (1 - share).sqrt() * self.images}
+        velocity = (kept * noise - rest * self.images).to(self.images)
+        targets = {"epsilon": noise, "sample": self.images, "v_prediction": velocity}
         done = 0
-        for batch in as_batches(items, findings.graph):
+        for batch in as_batches(items, findings.graph, seed=None):
             yield batch, targets[self.prediction][done : done + images_in(batch)]
             done += images_in(batch)
 
@@ -136,19 +146,23 @@ class NoisePrediction:
             maps = work.weights(proposals)
             work.warn_if_starved()
             pairs = [(p.segment, c) for p in proposals for c in p.candidates]
-            sums, count = dict.fromkeys((c.id for _, c in pairs), 0.0), 0
+            sums, count, weight = dict.fromkeys((c.id for _, c in pairs), 0.0), 0, 0.0
             with torch.inference_mode():
                 for batch, target in self._in_parts(findings, work.images_at_once()):
                     env = work.original(batch)
                     original = _predicted(env[work.replay.output], target)
                     wanted = original if self.against == "original" else target
                     before = _errors(original, wanted)
+                    shares = work.shares(batch)
+                    each = before.new_ones(len(before)) if shares is None else shares.to(before)
                     count += len(target)
+                    weight += float(each.sum())
                     for segment, candidate in pairs:
                         value = work.replay.computed(work.replacement(segment, candidate, maps), env)
                         changed = work.replay.output_with(env, candidate.exit, value)
-                        sums[candidate.id] += float((_errors(_predicted(changed, target), wanted) - before).sum())
-            return {name: Importance(bounded(total / count), count, "noise prediction") for name, total in sums.items()}
+                        added = _errors(_predicted(changed, target), wanted) - before
+                        sums[candidate.id] += float((added * each).sum())
+            return {name: Importance(mean_loss(total, weight), count, "noise prediction") for name, total in sums.items()}
 
         return scoring
 
@@ -171,7 +185,7 @@ def _errors(found: Tensor, wanted: Tensor) -> Tensor:
     return (found.double() - wanted.double()).pow(2).flatten(1).mean(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TimeShares:
     """How much an image counts by its time step, for ``Reconstruction(shares=...)``.
 
@@ -179,8 +193,8 @@ class TimeShares:
         shares: for every time step, (T,), from 0 on.
         argument: which argument of the network is the time step, from 0.
 
-    Raises (when called):
-        InputError: there is no such argument, or no share for a time step.
+    Raises:
+        InputError: shares are no such tensor; when called, that there is no such argument, or no share for a time step.
 
     >>> TimeShares(torch.tensor([1.0, 0.5, 0.0]))((torch.zeros(2, 3, 8, 8), torch.tensor([2, 1])))
     tensor([0.0000, 0.5000])
@@ -188,6 +202,11 @@ class TimeShares:
 
     shares: Tensor
     argument: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shares, Tensor) or self.shares.dim() != 1 or not len(self.shares):
+            what = tuple(self.shares.shape) if isinstance(self.shares, Tensor) else type(self.shares).__name__
+            raise InputError(f"shares must be a tensor (T,), a number for every time step, found {what}")
 
     def __call__(self, batch: Batch) -> Tensor:
         if not 0 <= self.argument < len(batch):
@@ -198,43 +217,3 @@ class TimeShares:
                 f"there are shares for time steps 0 to {len(self.shares) - 1}, found {int(times.min())} to {int(times.max())}"
             )
         return self.shares.to(times.device)[times].expand(images_in(batch))
-
-
-def recorded_inputs(model: nn.Module, run: Callable[[], Any], *, most: int | None = None) -> tuple[tuple[Any, ...], ...]:
-    """The arguments that a model is called with while something runs: calibration data from the trajectory of a sampler.
-
-    Args:
-        model: whose calls are recorded; it is left as it was.
-        run: called once; for a pipeline, ``lambda: pipeline(batch_size=8, num_inference_steps=50)``.
-        most: how many calls to keep, from 1 on, spread evenly over all; None for all.
-
-    Returns:
-        For every call a tuple of its arguments that are tensors or numbers, in the order of the model's signature. Tensors are
-        copies.
-
-    Raises:
-        InputError: the model was not called, or ``most`` is no such number.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> [x.shape for (x,) in recorded_inputs(layer, lambda: [layer(torch.zeros(n, 2)) for n in (1, 2, 3)], most=2)]
-    [torch.Size([1, 2]), torch.Size([3, 2])]
-    """
-    if most is not None:
-        require_whole("most", most, 1)
-    signature = inspect.signature(model.forward)
-    calls: list[tuple[Any, ...]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        values = [v for v in given.values() if isinstance(v, (Tensor, int, float)) and not isinstance(v, bool)]
-        calls.append(tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in values))
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        run()
-    finally:
-        handle.remove()
-    if not calls:
-        raise InputError(f"the {type(model).__name__} was not called: give a function that runs it")
-    count = len(calls) if most is None else min(most, len(calls))
-    return tuple(calls[round(i * (len(calls) - 1) / max(1, count - 1))] for i in range(count))

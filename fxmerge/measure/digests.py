@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -17,10 +18,11 @@ from fxmerge.graph.portable import message
 from fxmerge.graph.query import fingerprint
 
 
-def network_digest(graph: GraphModule) -> str:
-    """Of a graph and its weights."""
-    digest = hashlib.sha256(fingerprint(graph).encode())
-    for name, tensor in [*graph.named_parameters(), *graph.named_buffers()]:
+def network_digest(network: nn.Module) -> str:
+    """Of the weights and buffers of a network, and of what it is: its graph if it is one, else its class."""
+    what = fingerprint(network) if isinstance(network, GraphModule) else type(network).__qualname__
+    digest = hashlib.sha256(what.encode())
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         digest.update(name.encode())
         _add(digest, tensor)
     return digest.hexdigest()[:32]
@@ -40,12 +42,14 @@ def data_digest(batches: Iterable[Any]) -> str:
 def function_name(function: Any) -> str:
     """What tells a function apart from others in a store: its name where it has one, else all that pickle knows of it.
 
-    A lambda, a local function, or an object that cannot be pickled is like no other, in no other run: nothing is kept for it.
-    Source is not looked at: a function of a module whose body was changed between two runs is the same to a store, and so is an
-    object whose class was; its attributes count.
+    A method of an object is what the object is: all its attributes count. A lambda, a local function, or an object that cannot be
+    pickled is like no other, in no other run: nothing is kept for it. Source is not looked at: a function of a module whose body
+    was changed between two runs is the same to a store, and so is an object whose class was; its attributes count.
     """
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<>')}"
-    if not isinstance(function, type) and "<" not in name:
+    owner = getattr(function, "__self__", None)
+    bound = owner is not None and not isinstance(owner, (type, ModuleType))
+    if not isinstance(function, type) and "<" not in name and not bound:
         return name
     try:
         return f"{type(function).__qualname__} {hashlib.sha256(message(function)).hexdigest()[:32]}"

@@ -32,6 +32,7 @@ from fxmerge.graph.trace import as_arguments
 from fxmerge.measure.inside import nanoseconds_inside
 from fxmerge.measure.running import alone_on, versions
 from fxmerge.measure.store import Store, place_of
+from fxmerge.measure.study import digest
 from fxmerge.measure.timer import InterleavedTimer, Timed, Timer, summary
 from fxmerge.operators import Operators, default_operators, is_linear, norm_behind, write_map
 from fxmerge.passes.base import Sequential
@@ -79,10 +80,11 @@ def measure_latency(
     work: dict[str, Timed | None] = {}
     folded = _parts(findings)
     candidates: dict[str, str] = {}
-    for proposal in proposals:
-        for candidate in proposal.candidates:
-            sides = proposal.segment.expression.sides
-            candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, sides, findings.operators))
+    with torch.random.fork_rng(devices=[]):  # layers are initialised, on the CPU
+        for proposal in proposals:
+            for candidate in proposal.candidates:
+                sides = proposal.segment.expression.sides
+                candidates[candidate.id] = _enter(work, *_candidate_module(folded, candidate, sides, findings.operators))
     units: dict[str, str] = {}
     replaceable = {name for proposal in proposals for name in proposal.segment.nodes}
     for unit, nodes in _units(folded, findings.region):
@@ -119,8 +121,9 @@ def _inside(
     assert isinstance(whole.module, GraphModule)
     there = {node.name for node in whole.module.graph.nodes}
     nodes = {unit.end: [name for name in unit.nodes if name in there] for unit in findings.region.walk()}
-    keys = {end: f"inside {whole_key}: {' '.join(names)}" for end, names in nodes.items() if names}
-    place = place_of(target, facts := versions(target), timer.settings)
+    named = digest(whole_key)  # which holds the text of the whole network
+    keys = {end: f"inside {named}: {' '.join(names)}" for end, names in nodes.items() if names}
+    place = place_of(target, found := versions(target), timer.settings)
     with alone_on(target.device):  # another process may be measuring just these
         held = store.latencies(place, target, list(keys.values())) if store is not None else {}
         if all(key in held for key in keys.values()):
@@ -128,7 +131,7 @@ def _inside(
         taken = nanoseconds_inside(whole.module, whole.inputs, target, rounds=timer.rounds, warmup=timer.warmup, clock=timer.clock)
         for end, key in keys.items():
             samples = [sum(taken[name][number] for name in nodes[end] if name in taken) for number in range(timer.rounds)]
-            held.setdefault(key, summary(samples, target, facts))
+            held.setdefault(key, summary(samples, target, found))
             if store is not None:
                 store.add_latency(place, key, held[key])
     return {end: (key, held[key]) for end, key in keys.items()}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
+
+#: Called with (done, total).
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Bars:

@@ -28,11 +28,12 @@ from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, 
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.fitting import Fitting, grouped, held_bytes
+from fxmerge.measure.progress import Progress
 from fxmerge.measure.refit import Walk, with_weights
 from fxmerge.measure.shelf import Shelf
+from fxmerge.measure.substitution import counting
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
-Progress: TypeAlias = Callable[[int, int], None]
 
 #: Of a rough fit: images, for the weights and for the loss, positions at least, and positions for every unknown.
 _ROUGH_IMAGES, _ROUGH_ROWS, _ROUGH_RATIO = 256, 4096, 4
@@ -49,9 +50,10 @@ class Reconstruction:
         divergence: of a batch's outputs, one value for each image; None for :func:`fxmerge.measure.divergence.divergence`.
         shares: of a batch, how much each image counts in fits and in scores, (images,), from 0 on; None for all alike, as they
             do, too, in fits of tensors whose first dimension is not that of the images.
-        score_images: how many of the calibration images, from the first, the divergence is measured on; all serve the weights.
-        fit_images: how many of them, from the first, the weights of candidates that are scored are fitted to; None for all. With
-            a number, nothing warns that they are few.
+        score_images: how many of the calibration images, in the order of :func:`as_batches`, the divergence is measured on; all
+            serve the weights.
+        fit_images: how many of them the weights of candidates that are scored are fitted to; None for all. With a number, nothing
+            warns that they are few.
         coarse_images: how many tell which candidates are worth measuring on all, where latencies are known; their weights are
             then fitted to eight times as many, on fewer positions.
         hopeless: a candidate whose loss is above this after a batch is scored on what it has seen; no plan will want it.
@@ -128,6 +130,7 @@ class Reconstruction:
 
     def work(self, findings: Findings, batches: Sequence[Batch]) -> _Work:
         """What fits and replaces candidates that are scored, for scorers that judge the outputs in another way, too."""
+        batches = counting(self.shares, batches, findings.graph)
         if self.fit_images is not None and self.fit_images < sum(map(images_in, batches)):
             batches = in_parts(batches, findings.graph, max(map(images_in, batches)), limit=self.fit_images)
         return _Work(self, findings, batches)
@@ -177,12 +180,11 @@ class Reconstruction:
     def rough(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Plan], float]:
         """What fits a plan to a part of the images, on fewer positions, and gives its loss on others, which the fit never saw."""
         few = replace(self.on_fewer_positions(), fit_images=None)
+        batches = counting(self.shares, batches, findings.graph)
         images = sum(map(images_in, batches))
         held = min(_ROUGH_IMAGES, images // 3)
         learn = few.work(findings, in_parts(batches, findings.graph, _ROUGH_IMAGES, limit=min(_ROUGH_IMAGES, images - held)))
-        judge = few.work(findings, last_images(batches, findings.graph, held))
-        if not sum(map(judge.weight_of, judge.batches)) > 0:
-            judge = few.work(findings, learn.batches)
+        judge = few.work(findings, last_images(batches, findings.graph, held) if held else learn.batches)
         judge.fixed = learn.fixed
         return lambda plan: judge.loss_of(plan, learn.fit(plan))
 
@@ -241,10 +243,10 @@ class _Work(Fitting):
                     changed = self.replay.output_with(env, candidate.exit, value)
                     sums[name] += self.divergence(reference, changed, batch)
                     if not sums[name] <= self.options.hopeless * weight:
-                        scores[name] = Importance(_mean(sums[name], weight), images, "reconstruction")
+                        scores[name] = Importance(mean_loss(sums[name], weight), images, "reconstruction")
                         del pending[name]
         for name in pending:
-            scores[name] = Importance(_mean(sums[name], weight), images, "reconstruction")
+            scores[name] = Importance(mean_loss(sums[name], weight), images, "reconstruction")
         return scores
 
     def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
@@ -264,13 +266,13 @@ class _Work(Fitting):
                 changed = self.replay.values(batch, replaced=taken)[self.replay.output]
                 total += self.divergence(reference, changed, batch)
                 weight += self.weight_of(batch)
-        return _mean(total, weight)
+        return mean_loss(total, weight)
 
 
-def _mean(total: float, weight: float) -> float:
-    """The mean loss."""
+def mean_loss(total: float, weight: float) -> float:
+    """A sum of losses over what the images count together; InputError where none counts."""
     if not weight > 0:
-        raise InputError("no image counts: score_images is 0, or shares gave 0 for all")
+        raise InputError("no image that is scored counts: shares gave 0 for them all; give more of them, or others")
     return bounded(total / weight)
 
 

@@ -32,7 +32,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Segment
 from fxmerge.graph.query import has_sole_user, module_of
-from fxmerge.measure.calibration import Batch, images_in, in_parts, shared_out
+from fxmerge.measure.calibration import Batch, accepted, images_in, in_parts, shared_out
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.measure.shelf import Shelf, Values
 from fxmerge.operators import Join, Map, Site
@@ -146,11 +146,12 @@ class Walk:
         return self.weights
 
     def _compute_original(self, node: Node) -> None:
-        for inputs, values in zip(self.inputs, self.original, strict=True):
+        for batch, inputs, values in zip(self.batches, self.inputs, self.original, strict=True):
             if node.op == "placeholder":
                 values[node] = next(inputs, node.args[0] if node.args else None)
             else:
-                values[node] = self.work.replay.run(node, values)
+                with accepted(batch):
+                    values[node] = self.work.replay.run(node, values)
 
     def _drop(self, index: int) -> None:
         for values in (*self.original, *self.student):

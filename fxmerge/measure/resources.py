@@ -8,11 +8,12 @@
   (:meth:`Geometry.multiply_adds`). A candidate takes as many as its map, and a matrix for every side input.
 - ``peak_bytes``: the most bytes of tensors alive at any step, for the batch traced; weights and the workspace of a kernel are
   not among them. The steps are the nodes of the folded network in graph order. Alive at a step are its operands, its output, and
-  every tensor computed before that is read after it. An activation writes over its operand where nobody reads that later. A
-  candidate is one step, at its exit: alive are its entry, its side inputs, its output, a padded copy of the entry where it
-  cannot pad by itself, and what others computed before and read later; an identity has no output of its own. A norm behind it is
-  one step more. The peak of a plan is the largest of its parts'. It is never below the truth where branches run one after the
-  other, as code is written; where their nodes alternate in graph order it is an estimate.
+  every tensor computed before that is read after it. An activation that torch does in place writes over its operand where nobody
+  reads that later. A candidate is one step, at its exit: alive are its entry, its side inputs, its output, a padded copy of the
+  entry where it cannot pad by itself, and what others computed before and read later; an identity has no output of its own. A norm
+  behind it, or an activation that is not done in place, is one step more. The peak of a plan is the largest of its parts'. It is
+  never below the truth where branches run one after the other, as code is written; where their nodes alternate in graph order it is
+  an estimate.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fxmerge.graph.meta import facts
 from fxmerge.graph.query import attribute, data_operands, is_tensor, module_of, node_named
 from fxmerge.operators import Activation, Map, Norm
 from fxmerge.passes.fold_batchnorm import FoldBatchNorm
+from fxmerge.passes.reuse_memory import IN_PLACE
 
 
 def count_resource(findings: Findings, proposals: Sequence[Proposal], name: Name) -> Resource:
@@ -159,8 +161,8 @@ class _Steps:
         self.nodes = {node.name: node for node in folded.graph.nodes}
         self.place = {name: k for k, name in enumerate(self.nodes)}
         self.readers = {name: [user.name for user in node.users] for name, node in self.nodes.items()}
-        activations = {node.name for node, verdict in findings.verdicts.items() if isinstance(verdict, Activation)}
-        self.activations = activations & self.nodes.keys()
+        self.in_place = {name for name, node in self.nodes.items() if node.target in IN_PLACE}
+        self.activations = {node.name: node for node, verdict in findings.verdicts.items() if isinstance(verdict, Activation)}
         self.norms = {node.name for node, verdict in findings.verdicts.items() if isinstance(verdict, Norm)}
         self.size: dict[str, int] = {}
         for name, node in self.nodes.items():
@@ -186,7 +188,7 @@ class _Steps:
     def _writes_over(self, node: Node) -> bool:
         operand = next(iter(data_operands(node)), None)
         later = partial(self._read_after, self.place[node.name])
-        return node.name in self.activations and operand is not None and operand.op != "placeholder" and not later(operand.name)
+        return node.name in self.in_place and operand is not None and operand.op != "placeholder" and not later(operand.name)
 
     def _read_after(self, place: int, name: str) -> bool:
         return any(self.place[reader] > place for reader in self.readers[name])
@@ -198,6 +200,7 @@ class _Steps:
         held = sum(self.size[n] for n in dict.fromkeys(own) if not self._read_by_others(n, place, inside))
         alive, output = self._alive(place, inside), self.size[candidate.exit]
         normed = bool(candidate.moved) or not self.norms.isdisjoint(inside.intersection(self.readers[candidate.exit]))
+        normed |= bool(candidate.added) and self.activations[candidate.added].target not in IN_PLACE
         behind = alive + (held if candidate.kind == "identity" else output) + output if normed else 0
         if candidate.kind == "identity":
             return max(alive + held, behind)

@@ -13,7 +13,6 @@ score says by several sigma, or its rivals worse, to be in a plan. This is no pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -61,8 +60,8 @@ def wanted(
     chosen: set[str] = set()
     for draw in range(draws):
         factors = (np.exp(sigma * generator.standard_normal(len(known))) if draw else np.ones(len(known))).tolist()
-        rescaled = {c.id: replace(rough.candidates[c.id], loss=rough.loss(c.id) * f) for c, f in zip(known, factors, strict=True)}
-        front = solve_tables(region, known, latency, ImportanceTable(rescaled), fingerprint, objective=objective, max_points=1024)
+        rescaled = rough.scaled({c.id: factor for c, factor in zip(known, factors, strict=True)})
+        front = solve_tables(region, known, latency, rescaled, fingerprint, objective=objective, max_points=1024)
         chosen.update(candidate.id for point in _looked_at(front, most_loss) for candidate in front.plan(point).merges)
     return frozenset(chosen)
 

@@ -17,11 +17,11 @@ from fxmerge.algebra.module import convolved
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression
 from fxmerge.core.segment import Candidate, Segment
-from fxmerge.errors import CalibrationError, InputError
+from fxmerge.errors import InputError
 from fxmerge.graph.layout import to_first, to_last
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import data_operands, node_named
-from fxmerge.measure.calibration import Batch, images_in, in_parts, shared_out
+from fxmerge.measure.calibration import Batch, accepted, images_in, in_parts, picked, shared_out
 from fxmerge.measure.channel_sums import ChannelSums
 from fxmerge.measure.replay import Replacement, Replay
 from fxmerge.operators import norm_behind, read_maps
@@ -45,7 +45,8 @@ class Substitution:
     Args:
         options: of the scorer: what bounds the memory, how images count.
         findings: of the traced graph.
-        batches: calibration data; cut so that all tensors of a batch fit into the memory limit.
+        batches: calibration data, without the images that count for nothing; cut so that all tensors of a batch fit into the
+            memory limit.
     """
 
     options: Limits
@@ -59,6 +60,7 @@ class Substitution:
         entries = frozenset(segment.entry for segment in self.findings.segments)
         self.folded = FoldBatchNorm(self.findings.operators, entries).apply(self.findings.graph)
         self.replay = Replay(self.folded)
+        self.batches = counting(self.options.shares, self.batches, self.folded)
         if self.batches:
             self.batches = in_parts(self.batches, self.folded, self.images_at_once())
         empty = torch.empty(0)
@@ -73,24 +75,12 @@ class Substitution:
 
     def original(self, batch: Batch, *, last: str | None = None) -> dict[Node, Any]:
         """The values of the original network, up to a node or all."""
-        try:
+        with accepted(batch):
             return self.replay.values(batch, last=last)
-        except Exception as fault:
-            sizes = ", ".join(str(tuple(value.shape)) for value in batch if isinstance(value, Tensor))
-            text = (str(fault).splitlines() or [type(fault).__name__])[0]
-            raise CalibrationError(
-                f"the network rejects calibration inputs of size {sizes}: {text}. Give images of the size it was traced with"
-            ) from fault
 
     def shares(self, batch: Batch) -> Tensor | None:
         """How much each image of a batch counts; None where all count alike."""
-        if self.options.shares is None:
-            return None
-        shares = self.options.shares(batch)
-        sound = isinstance(shares, Tensor) and shares.shape == (images_in(batch),)
-        if not sound or not bool((shares >= 0).all() & shares.isfinite().all()):
-            raise InputError(f"shares must give a number from 0 on for each of {images_in(batch)} images, gave {shares!r:.200}")
-        return shares
+        return None if self.options.shares is None else _checked_shares(self.options.shares, batch)
 
     def image(self, name: str, values: Mapping[Node, Any]) -> Tensor:
         """The value of a node with channels first, whatever its layout."""
@@ -182,6 +172,32 @@ class Substitution:
         norm = norm_behind(self.folded, node, self.findings.operators, candidate.geometry.out_channels).to(self.like)
         scaling = maps.get(candidate.part(candidate.moved))
         return norm if scaling is None else lambda x: convolved(scaling, norm(x))
+
+
+def counting(shares: Callable[[Batch], Tensor] | None, batches: Sequence[Batch], graph: GraphModule) -> tuple[Batch, ...]:
+    """The images that count for something; all, where no shares are given.
+
+    Raises:
+        InputError: none does.
+    """
+    if shares is None or not batches:
+        return tuple(batches)
+    found = []
+    for batch in batches:
+        index = _checked_shares(shares, batch).nonzero().flatten()
+        if len(index):
+            found.append(batch if len(index) == images_in(batch) else picked(batch, graph, index))
+    if not found:
+        raise InputError(f"none of the {sum(map(images_in, batches))} calibration images counts: shares gave 0 for all")
+    return tuple(found)
+
+
+def _checked_shares(shares: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    found = shares(batch)
+    sound = isinstance(found, Tensor) and found.shape == (images_in(batch),)
+    if not sound or not bool((found >= 0).all() & found.isfinite().all()):
+        raise InputError(f"shares must give a number from 0 on for each of {images_in(batch)} images, gave {found!r:.200}")
+    return found
 
 
 def _turned_if(turned: bool, value: Tensor, dims: Callable[[int], tuple[int, ...]]) -> Tensor:

@@ -39,9 +39,8 @@ from torch import nn
 from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import InputError, MeasurementError
 from fxmerge.measure.paging import watched
+from fxmerge.measure.progress import Progress
 from fxmerge.measure.running import DTYPES, Inputs, Run, alone_on, copies, laid_out, prepare, running_on, versions
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

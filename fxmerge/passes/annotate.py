@@ -9,12 +9,13 @@ from typing import ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
+from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate
 from fxmerge.errors import PlanMismatchError
 from fxmerge.graph.edit import copied
 from fxmerge.graph.meta import facts, origin, record
-from fxmerge.graph.query import between, data_operands, fingerprint, tensor_named
+from fxmerge.graph.query import acts_alike, between, data_operands, fingerprint, tensor_named
 from fxmerge.passes.base import Pass
 
 #: Pixels that a kernel may reach over the border of an image; more is a damaged plan, and would not fit into memory.
@@ -110,16 +111,16 @@ def _not_closed(merge: Candidate, entry: Node, inside: tuple[Node, ...]) -> str:
     strangers = sorted((set(merge.activations) | set(merge.removed) | set(merge.norms) | moved) - {node.name for node in inside})
     if strangers:
         return f"{', '.join(strangers)} is not inside"
-    added: set[str] = set()
+    sides: set[str] = set()
     for node in inside:
         outside = [operand for operand in data_operands(node) if operand not in members]
         if outside and not is_side(node, outside):
             return f"{node.name} reads {outside[0].name}, which is outside"
-        added |= {operand.name for operand in outside}
+        sides |= {operand.name for operand in outside}
         readers = [user for user in node.users if user not in members]
         if readers and node is not inside[-1]:
             return f"{readers[0].name}, which is outside, reads {node.name}"
-    unknown = sorted(added ^ set(merge.sides)) if merge.kind == "fitted" else ()
+    unknown = sorted(sides ^ set(merge.sides)) if merge.kind == "fitted" else ()
     return f"{unknown[0]} is added inside, or is no side input" if unknown else ""
 
 
@@ -149,13 +150,16 @@ def _wrongly_added(merge: Candidate, inside: tuple[Node, ...]) -> str:
     if merge.end != merge.exit:
         return f"{merge.added} is to stand behind {merge.exit}, where {merge.end} is kept"
     [node] = [node for node in inside if node.name == merge.added]
-    alone = len(node.all_input_nodes) == 1
-    return "" if alone else f"{merge.added} reads more than one tensor, so it cannot stand behind {merge.exit}"
+    owner = node.graph.owning_module
+    fits = owner is not None and acts_alike(owner, node)
+    return "" if fits else f"{merge.added} has numbers of its own, or reads several tensors, so it cannot stand behind {merge.exit}"
 
 
 def _misshapen(merge: Candidate, entry: Node, exit_node: Node) -> str:
     """How the shapes of entry and exit are not those of the merge's geometry; empty where they are."""
     before, after, geometry = facts(entry).image_shape, facts(exit_node).image_shape, merge.geometry
+    if merge.kind == "identity" and geometry != Geometry.identity(geometry.in_channels, len(geometry.axes)):
+        return f"{geometry} is no identity"
     fits = (
         len(before) == len(after) == len(geometry.axes) + 2
         and (before[1], after[1]) == (geometry.in_channels, geometry.out_channels)

@@ -61,8 +61,14 @@ class FuseSegments(Pass):
             return
         if len(nodes) == 1 and isinstance(module_of(graph, exit_node), (nn.modules.conv._ConvNd, nn.Linear)):
             return  # one convolution already
-        expression = read_expression(entry, nodes, verdicts)
-        maps = read_maps(graph, nodes, verdicts, self.operators)
+        try:
+            expression = read_expression(entry, nodes, verdicts)
+            maps = read_maps(graph, nodes, verdicts, self.operators)
+        except ValueError as fault:
+            raise PassError(
+                f"the merge {merge.id} cannot be multiplied out: {fault}. Give fuse() the operators that the plan was made with, "
+                "and the student as linearize() made it"
+            ) from fault
         affine, sides = evaluate(expression, maps), evaluate_sides(expression, maps)
         like = like_of(graph, entry, nodes)
         known = facts(exit_node)

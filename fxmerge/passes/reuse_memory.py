@@ -24,7 +24,8 @@ from fxmerge.graph.query import has_sole_user
 from fxmerge.operators import Activation, Join, Map, Operators, Verdict, default_operators
 from fxmerge.passes.base import Pass
 
-_ACTIVATIONS = frozenset((F.relu, F.relu6, F.silu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.hardtanh, F.hardsigmoid))
+#: Activations that torch can write over their operand.
+IN_PLACE = frozenset((F.relu, F.relu6, F.silu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.hardtanh, F.hardsigmoid))
 
 #: The tensor that a tensor's size depends on, and (up, stride, excess) on every axis: how.
 _Size: TypeAlias = tuple[Node, tuple[tuple[int, int, int], ...]]
@@ -112,7 +113,7 @@ def _plain(known: Facts) -> tuple[object, ...]:
 
 def _is_activation(node: Node) -> bool:
     done = node.kwargs.get("inplace") is True
-    return node.op == "call_function" and node.target in _ACTIVATIONS and not done and _may_be_overwritten(node.args[0])
+    return node.op == "call_function" and node.target in IN_PLACE and not done and _may_be_overwritten(node.args[0])
 
 
 def _may_be_overwritten(value: object) -> bool:

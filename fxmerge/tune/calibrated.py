@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 
 from fxmerge.core.options import require_number, require_whole
 from fxmerge.errors import CalibrationError, InputError
-from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, picked
+from fxmerge.measure.calibration import Batch, accepted, as_batches, images_in, in_parts, picked
 from fxmerge.measure.divergence import divergence
 from fxmerge.operators import Operators
 from fxmerge.tune.features import feature_loss, require_graph, shared_cuts, with_features
@@ -82,6 +82,7 @@ def calibration_tune(
     require_graph("student", student)
     require_graph("original", original)
     _check(steps, batch_size, step_size, held_out, limit)
+    require_whole("seed", seed, 0, 2**63 - 1)
     with torch.inference_mode(False), torch.enable_grad():
         tuned = copy.deepcopy(student).eval()
         parameters = [p for p in tuned.parameters() if p.is_floating_point() and p.numel()]
@@ -102,7 +103,7 @@ def calibration_tune(
         started = best.loss
         for step, (whole, index) in enumerate(_orders(_by_batch(images, learn), batch_size, steps, generator)):
             batch = picked(whole, original, index)
-            descent.step(pair.loss(augment(batch, generator) if augment else batch), _pace(step, steps))
+            descent.step(pair.loss(_augmented(batch, augment, generator)), _pace(step, steps))
             if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
                 best.judge(pair.judged(judges), descent)
             if progress is not None:
@@ -110,6 +111,13 @@ def calibration_tune(
         best.restore()
     log.info("calibration tuning: %.4g became %.4g on the %d images held out", started, best.loss, len(judge))
     return tuned
+
+
+def _augmented(batch: Batch, augment: Callable[[Batch, torch.Generator], Batch] | None, generator: torch.Generator) -> Batch:
+    changed = batch if augment is None else augment(batch, generator)
+    if not isinstance(changed, tuple) or len(changed) != len(batch):
+        raise InputError(f"augment must give a batch, a tuple of the {len(batch)} arguments it was given; gave {changed!r:.80}")
+    return changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +133,10 @@ class _Pair:
         return cls(with_features(student, cuts), with_features(original, cuts))
 
     def loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            wanted, targets = self.original(*batch)
-        found, features = self.student(*batch)
+        with accepted(batch):
+            with torch.no_grad():
+                wanted, targets = self.original(*batch)
+            found, features = self.student(*batch)
         return feature_loss(features, targets) + divergence(wanted, found).mean()
 
     @torch.no_grad()

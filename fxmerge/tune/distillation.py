@@ -98,11 +98,11 @@ class Lesson:
             and made_from == fingerprint(teacher)
         ):
             cuts = shared_cuts(student, teacher, operators=operators)
-        told: nn.Module | None = None
+        taught: nn.Module | None = None
         if teacher is not None:
             own = copy.deepcopy(teacher).eval().requires_grad_(False)
-            told = with_features(own, cuts) if isinstance(own, GraphModule) else _Bare(own)
-        return cls(with_features(student, cuts), told, distillation, loss)
+            taught = with_features(own, cuts) if isinstance(own, GraphModule) else _Bare(own)
+        return cls(with_features(student, cuts), taught, distillation, loss)
 
     def loss_of(self, student: Callable[..., Any], inputs: tuple[Any, ...], labels: Any) -> Tensor:
         """Of one batch; ``student`` is what :attr:`student` became by being prepared for the device.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from fxmerge.errors import InputError
@@ -41,7 +43,10 @@ class Feed:
 
     def steps(self) -> int:
         """Batches an epoch for each process; where the data does not say, one epoch is counted."""
-        count = len(self.data) if hasattr(self.data, "__len__") else sum(1 for _ in drawn_apart(self._batches(0), self.seed))
+        try:
+            count = len(self.data)
+        except TypeError:  # loaders have a length that their data may not have
+            count = sum(1 for _ in drawn_apart(self._batches(0), self.seed))
         return count if self.prepared else count // int(self.accelerator.num_processes)
 
     def epoch(self, number: int, *, skip: int = 0) -> Iterator[Example]:
@@ -74,6 +79,8 @@ class Feed:
 
     def _batches(self, number: int) -> Iterable[Any]:
         batches: Iterable[Any] = self.data(number) if callable(self.data) else self.data
+        if not isinstance(batches, Iterable):
+            raise InputError(f"data, a function of the number of an epoch, must give batches; gave {type(batches).__name__}")
         return batches
 
     def _share(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -91,7 +98,9 @@ class Feed:
 
         inputs, labels = batch
         arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        sent: Example = send_to_device((arguments, labels), self.accelerator.device)
+        # What made them is not trained along.
+        apart = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (arguments, labels))
+        sent: Example = send_to_device(apart, self.accelerator.device)
         return sent
 
 
@@ -101,6 +110,32 @@ def _prepared(data: Data, accelerator: Any, seed: int) -> Any:
     before = options.use_seedable_sampler, options.data_seed
     options.use_seedable_sampler, options.data_seed = True, seed
     try:
-        return accelerator.prepare_data_loader(data)
+        return accelerator.prepare_data_loader(_own(data))
     finally:
         options.use_seedable_sampler, options.data_seed = before
+
+
+def _own(loader: Any) -> Any:
+    """A loader of the same data and order whose samplers and generators are its own: accelerate writes into them."""
+    twin = copy.copy(loader)
+    generators: dict[int, torch.Generator] = {}
+
+    def owned(thing: Any) -> Any:
+        own = copy.copy(thing)
+        generator = getattr(own, "generator", None)
+        if isinstance(generator, torch.Generator):
+            if id(generator) not in generators:
+                generators[id(generator)] = torch.Generator(generator.device)
+                generators[id(generator)].set_state(generator.get_state())
+            own.__dict__["generator"] = generators[id(generator)]
+        return own
+
+    twin.__dict__.update(owned(twin).__dict__, _iterator=None)  # a loader lets nobody set these
+    samplers = {name: loader.__dict__.get(name) for name in ("sampler", "batch_sampler")}
+    owns = {id(sampler): owned(sampler) for sampler in samplers.values() if sampler is not None}
+    for own in owns.values():
+        inner = getattr(own, "sampler", None)
+        if inner is not None:
+            own.sampler = owns.setdefault(id(inner), owned(inner)) if id(inner) not in owns else owns[id(inner)]
+    twin.__dict__.update({name: owns[id(sampler)] for name, sampler in samplers.items() if sampler is not None})
+    return twin

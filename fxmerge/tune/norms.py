@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmerge.measure.calibration import as_batches
+from fxmerge.measure.calibration import accepted, as_batches
 from fxmerge.tune.features import require_graph
 
 
@@ -49,7 +49,8 @@ def calibrate_norms(student: GraphModule, batches: Any) -> None:
     try:
         with torch.no_grad():
             for batch in data:
-                student(*batch)
+                with accepted(batch):
+                    student(*batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxmerge.core.options import require_number, require_whole
+from fxmerge.errors import InputError
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.labelled import check_labels
 from fxmerge.tune.distillation import Distillation
@@ -48,7 +49,7 @@ class Recipe:
         seed: of everything random.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range, or what is no function, or no Distillation, where one belongs.
     """
 
     epochs: int = 3
@@ -76,6 +77,15 @@ class Recipe:
             require_number("clip", self.clip, "a positive number or None", lambda norm: norm > 0)
         if self.checkpoint_steps is not None:
             require_whole("checkpoint_steps", self.checkpoint_steps, 1)
+        require_whole("seed", self.seed, 0, 2**32 - 1)
+        if not isinstance(self.distillation, Distillation):
+            raise InputError(
+                f"distillation must be a Distillation, found {self.distillation!r:.80}; without a teacher there is none"
+            )
+        functions = {"loss": self.loss, "metric": self.metric, "optimiser": self.optimiser}
+        for name, function in functions.items():
+            if not callable(function) and not (name == "optimiser" and function is None):
+                raise InputError(f"{name} must be a function, found {function!r:.80}")
 
     @property
     def settings(self) -> dict[str, str]:
@@ -94,7 +104,13 @@ class Recipe:
         """Of a network's parameters that are trained."""
         trained = [p for p in network.parameters() if p.requires_grad]
         if self.optimiser is not None:
-            return self.optimiser(trained)
+            made = self.optimiser(trained)
+            if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):
+                raise InputError(
+                    "optimiser must make, of parameters, an optimiser of torch's that steps on a gradient; it made "
+                    f"{type(made).__name__}"
+                )
+            return made
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},

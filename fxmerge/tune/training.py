@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.fx import GraphModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fxmerge.errors import InputError
-from fxmerge.graph.query import fingerprint
+from fxmerge.measure.digests import network_digest
 from fxmerge.operators import Operators
 from fxmerge.tune.checkpoints import Checkpoint, Epoch, Position, held, read_checkpoint, write_checkpoint
 from fxmerge.tune.distillation import Lesson
@@ -63,7 +64,8 @@ def fine_tune(
             without them the last.
         checkpoints: a folder. A run that was killed goes on from there, to the same bits, if it is called the same, and if what the
             data draws comes from the global generators, from the loader's own, or from the number of the epoch.
-        accelerator: of accelerate, with mixed precision or what else it offers; None for one as ``accelerate launch`` says.
+        accelerator: of accelerate, with mixed precision or what else it offers, but gradients of one batch a step; None for one as
+            ``accelerate launch`` says.
         operators: what was known of operators when the plan was made; None for the default table.
         progress: called with (done, total) steps, by the first process.
         report: called after every epoch, by the first process.
@@ -73,15 +75,17 @@ def fine_tune(
 
     Raises:
         InputError: the loss is no longer finite (lower the learning rate), student, teacher, data, loss or folder cannot be used
-            or do not fit each other (says which batch, and what is wrong with it), or accelerate is missing.
-        PlanError: the checkpoint is damaged, or of another network or recipe.
+            or do not fit each other (says which batch, and what is wrong with it), or accelerate is missing or gathers gradients.
+        PlanError: the checkpoint is damaged, or of another student, teacher (their weights count) or recipe.
     """
     recipe = recipe or Recipe()
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"recipe must be a Recipe, found {type(recipe).__name__}")
     require_graph("student", student)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise InputError(f"the teacher must be a network or None, found {type(teacher).__name__}")
-    if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():
-        raise InputError(f"checkpoints must be a folder, and {os.fspath(checkpoints)} is a file")
+    if checkpoints is not None:
+        _make(Path(checkpoints))
     if teacher is student:
         raise InputError("the teacher is the student itself; give the original")
     if not recipe.epochs:
@@ -89,6 +93,13 @@ def fine_tune(
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise InputError("no parameter of the student requires a gradient, so there is nothing to train")
     accelerator = accelerator or _accelerator()
+    if not hasattr(accelerator, "gradient_accumulation_steps"):
+        raise InputError(f"accelerator must be an Accelerator of accelerate's, found {accelerator!r:.80}")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"the accelerator gathers gradients over {accelerator.gradient_accumulation_steps} batches, and every step here is of "
+            "one: give larger batches in place of gradient_accumulation_steps"
+        )
     with random_numbers_put_back(accelerator.device), torch.inference_mode(False), torch.enable_grad():
         run = _Run(student, data, teacher, recipe, validation, accelerator, operators)
         run.folder = None if checkpoints is None else Path(checkpoints)
@@ -97,6 +108,16 @@ def fine_tune(
         while run.position.epoch < recipe.epochs:
             run.one_epoch()
         return run.result(student)
+
+
+def _make(folder: Path) -> None:
+    """So that no epoch is trained for a folder that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as fault:
+        raise InputError(f"checkpoints must be a folder that can be written, and {folder} is none: {fault}") from fault
 
 
 def _accelerator() -> Any:
@@ -142,11 +163,13 @@ class _Run:
         self.best: dict[str, Tensor] | None = None
         self.position = Position()
         self.settings = recipe.settings | {
-            "student": fingerprint(student),
-            "teacher": type(teacher).__name__,
+            "student": network_digest(student),
+            "teacher": "none" if teacher is None else network_digest(teacher),
+            "validation": "none" if validation is None else "given",
             "steps": str(self.total),
             "processes": str(accelerator.num_processes),
             "optimiser_class": type(optimiser).__name__,
+            "optimiser_numbers": str([{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]),
         }
 
     def _averaged(self) -> AveragedModel | None:
@@ -193,7 +216,7 @@ class _Run:
         if self.position.batch < self.steps:
             raise InputError(f"epoch {epoch + 1} gave {self.position.batch} batches, the first was counted at {self.steps}")
         self.position = replace(self.position, epoch=epoch + 1, batch=0)
-        self._judge(float(losses) / max(1, count))
+        self._judge(float(self.accelerator.reduce(losses, reduction="mean")) / max(1, count))
         self._write()
 
     def _step(self, inputs: tuple[Any, ...], labels: Any) -> Tensor:
@@ -216,7 +239,7 @@ class _Run:
         if not bool(torch.isfinite(total)):
             raise InputError(
                 f"the loss is no longer finite after {self.position.step} steps; lower learning_rate (it is "
-                f"{self.recipe.learning_rate})"
+                f"{self.recipe.learning_rate}), if no batch is empty or has labels that none counts of"
             )
 
     @torch.no_grad()
@@ -227,11 +250,11 @@ class _Run:
         if metric is not None and not math.isnan(metric) and (best is None or metric > best):
             self.best = {name: tensor.detach().clone() for name, tensor in held(self.judged).items()}
             best = metric
-        told = Epoch(self.position.epoch, self.position.step, loss, metric)
-        self.position = replace(self.position, best=best, history=(*self.position.history, told))
-        log.info("epoch %d of %d: loss %s, metric %s", told.number, self.recipe.epochs, told.loss, told.metric)
+        epoch = Epoch(self.position.epoch, self.position.step, loss, metric)
+        self.position = replace(self.position, best=best, history=(*self.position.history, epoch))
+        log.info("epoch %d of %d: loss %s, metric %s", epoch.number, self.recipe.epochs, epoch.loss, epoch.metric)
         if self.report is not None and self.accelerator.is_main_process:
-            self.report(told)
+            self.report(epoch)
 
     def _metric(self, validation: Feed) -> float:
         network = self.judged.eval()

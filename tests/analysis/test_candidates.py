@@ -13,6 +13,7 @@ from fxmerge.analysis.candidates import Space, propose
 from fxmerge.analysis.segments import Findings, find_segments
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Segment
+from fxmerge.errors import InputError
 from fxmerge.graph.trace import trace
 from tests import zoo
 from tests.zoo import conv, images, specimen
@@ -244,3 +245,17 @@ def test_a_kernel_that_would_read_padding_alone_is_not_offered() -> None:
     model = nn.Sequential(nn.ZeroPad2d((2, 0, 1, 1)), conv(3, 4, padding=0))
     narrow, wide = (find_segments(trace(model, torch.zeros(1, 3, 8, width))) for width in (1, 2))
     assert [len(candidates(findings, "input_1 -> _1")) for findings in (narrow, wide)] == [0, 1]
+
+
+def test_an_exact_space_offers_nothing_else_whatever_else_it_names() -> None:
+    findings = find_segments(trace(specimen("repvgg_block"), images("repvgg_block")))
+    offered = [c for p in propose(findings, Space(exact=True)) for c in p.candidates]
+    assert offered
+    assert all(candidate.exact for candidate in offered)
+
+
+def test_a_space_of_no_such_name_or_number_is_told() -> None:
+    with pytest.raises(InputError, match="one of joint, composed, activations, layers or exact, found 'layer'"):
+        Space.named("layer")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_kernel must be a whole number from 1 on, found 'a'"):
+        Space(max_kernel="a")  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class TestCopies:
 
     def test_facts_written_on_a_copy_are_not_on_the_original(self, graph: GraphModule) -> None:
         twin = copied(graph)
-        record(next(iter(twin.graph.nodes)), role="exit")
+        record(next(iter(twin.graph.nodes)), role="removed")
         set_origin(twin, "here")
         assert facts(next(iter(graph.graph.nodes))).role == ""
         assert (origin(twin), origin(graph), origin(copied(twin))) == ("here", None, "here")

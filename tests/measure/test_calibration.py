@@ -154,13 +154,15 @@ class TestTimeSteps:
     def test_one_for_all_images_of_an_item_where_the_network_takes_one_for_each(self, time: object) -> None:
         graph = fxmerge.trace(Timed(), (FOUR, torch.arange(4)))
         [batch] = as_batches([(FOUR, time), (FOUR, torch.arange(4))], graph)
-        assert batch[1].tolist() == [7, 7, 7, 7, 0, 1, 2, 3]
+        assert sorted(batch[1].tolist()) == [0, 1, 2, 3, 7, 7, 7, 7]
+        by_time = {int(t): x for x, t in zip(*batch, strict=True)}
+        assert all(torch.equal(by_time[t], FOUR[t]) for t in range(4))  # each image keeps its time
 
     def test_items_of_different_times_share_no_batch_where_it_takes_one_for_all(self) -> None:
         graph = fxmerge.trace(Timed(), (FOUR, torch.tensor(3)))
         batches = as_batches([(FOUR, torch.tensor(t)) for t in (5, 5, 8, 5)], graph, batch_size=6)
-        assert [(images_in(batch), int(batch[1])) for batch in batches] == [(6, 5), (2, 5), (4, 8), (4, 5)]
-        assert [images_in(batch) for batch in as_batches([(FOUR, 5), (FOUR, 8)], graph, limit=6)] == [4, 2]
+        assert sorted((images_in(batch), int(batch[1])) for batch in batches) == [(2, 5), (4, 5), (4, 8), (6, 5)]
+        assert sorted((images_in(b), int(b[1])) for b in as_batches([(FOUR, 5), (FOUR, 8)], graph, limit=6)) == [(2, 8), (4, 5)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 7, 9])
@@ -170,3 +172,32 @@ def test_the_last_images_are_taken_across_batches_and_what_is_one_for_all_stays_
     found = last_images([(part, torch.ones(())) for part in data.split(3)], graph, count)
     assert [int(image[0, 0, 0]) for x, _ in found for image in x] == list(range(max(0, 7 - count), 7))
     assert all(t.shape == () for _, t in found)
+
+
+@pytest.mark.parametrize("items", [1, 16])
+def test_data_in_some_order_is_mixed_always_alike_and_nothing_is_lost(items: int) -> None:
+    """Given sorted, be it as one tensor or batch by batch, a part of it is of all sorts."""
+    sort = torch.arange(512.0).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    given = sort if items == 1 else list(sort.split(512 // items))
+    found, again = (as_batches(given, one()) for _ in range(2))
+    order = torch.cat([batch[0][:, 0, 0, 0] for batch in found])
+    assert order.sort().values.tolist() == list(range(512))
+    assert torch.equal(order, torch.cat([batch[0][:, 0, 0, 0] for batch in again]))
+    assert all(6 < sum(64 * k <= i < 64 * (k + 1) for i in order[:128].tolist()) < 30 for k in range(8))
+    kept = torch.cat([batch[0][:, 0, 0, 0] for batch in as_batches(given, one(), seed=None)])
+    assert kept.tolist() == list(range(512))
+
+
+def test_batches_that_cannot_be_joined_are_mixed_as_wholes() -> None:
+    graph = two(torch.tensor(2.0))
+    items = [(X, torch.tensor(float(number))) for number in range(20)]
+    order = [float(batch[1]) for batch in as_batches(items, graph)]
+    assert sorted(order) == list(range(20))
+    assert order != sorted(order)
+
+
+def test_what_made_the_images_is_not_held() -> None:
+    made = X.clone().requires_grad_() * 2
+    [(batch,)] = as_batches(made, one(), seed=None)
+    assert not batch.requires_grad
+    assert torch.equal(batch, made)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import InputError, NoisePrediction, Reconstruction, TimeShares, measure_importance, recorded_inputs
+from fxmerge.core.leaves import leaves
 from fxmerge.core.plan import Plan
 from fxmerge.measure.calibration import as_batches
 from tests.fakes import PriceTimer
@@ -208,7 +209,30 @@ class TestRecordedInputs:
         assert not torch.equal(calls[0][0], calls[-1][0])
         findings, _ = searched(network, clean(2), torch.tensor([1, 2]))
         [batch] = as_batches(calls, findings.graph)
-        assert batch[1].tolist() == [t for t in (30, 20, 10, 0) for _ in range(4)]
+        assert sorted(batch[1].tolist()) == [t for t in (0, 10, 20, 30) for _ in range(4)]
+        assert batch[1].tolist() != sorted(batch[1].tolist())  # scores on a part of it are of all times
+
+    def test_a_model_that_takes_any_arguments_is_recorded_too(self) -> None:
+        class Wrapped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(2, 2)
+
+            def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+                return self.inner(*args) + kwargs["add"]  # type: ignore[no-any-return]
+
+        layer = Wrapped()
+        [(x, add)] = recorded_inputs(layer, lambda: layer(torch.ones(3, 2), add=2.0))
+        assert (x.shape, add) == ((3, 2), 2.0)
+
+    def test_a_call_without_a_tensor_or_a_number_is_told(self) -> None:
+        class Named(nn.Module):
+            def forward(self, name: str) -> Tensor:
+                return torch.zeros(len(name))
+
+        layer = Named()
+        with pytest.raises(InputError, match="the Named was called with no tensor and no number"):
+            recorded_inputs(layer, lambda: layer("two"))
 
     def test_some_of_many_calls_are_spread_over_all(self) -> None:
         layer = nn.Linear(1, 1)
@@ -263,7 +287,7 @@ class TestShares:
             (lambda batch: torch.ones(17), r"a number from 0 on for each of \d+ images"),
             (lambda batch: [1.0] * len(batch[0]), r"a number from 0 on for each of \d+ images"),
             (lambda batch: -torch.ones(len(batch[0])), r"a number from 0 on for each of \d+ images"),
-            (lambda batch: torch.zeros(len(batch[0])), "no image counts"),
+            (lambda batch: torch.zeros(len(batch[0])), "images counts: shares gave 0 for all"),
         ],
     )
     def test_other_shares_are_refused(self, shares: Any, text: str) -> None:
@@ -293,3 +317,79 @@ def test_candidates_are_told_apart_on_few_images_with_conditions() -> None:
     assert coarse.fit == fit.coarse()
     assert coarse.settings != scorer.settings
     assert coarse.coarse() is None
+
+
+def test_in_half_precision_the_first_time_steps_have_their_noise() -> None:
+    """1 - 0.9999 is 0 where a_t is rounded first."""
+    torch.manual_seed(0)
+    findings, _ = searched(model().to(torch.bfloat16), clean(2).bfloat16(), torch.tensor([1, 2]))
+    still = torch.full((STEPS,), 0.9999)
+    images_ = torch.zeros(12, 3, 8, 8, dtype=torch.bfloat16)
+    [((noisy, _), _)] = NoisePrediction(images=images_, signal=still).holdout(findings)
+    assert noisy.float().std() == pytest.approx(0.01, rel=0.1)
+
+
+def test_shares_count_in_the_score_as_well() -> None:
+    findings, proposals = searched(model(), clean(2), torch.tensor([1, 2]))
+    late = TimeShares((torch.arange(STEPS) >= STEPS // 2).double())
+
+    def losses(images_: Tensor, fit: Reconstruction, seed: int = 0) -> list[float]:
+        scorer = NoisePrediction(images=images_, signal=SIGNAL, fit=fit, seed=seed)
+        return [i.loss for i in measure_importance(findings, proposals[:2], [data(40)], scorer=scorer).candidates.values()]
+
+    fit = Reconstruction(shares=late)
+    scorer = NoisePrediction(images=clean(), signal=SIGNAL, fit=fit)
+    work = fit.work(findings, as_batches([data(40)], findings.graph))
+    maps = work.weights(proposals[:2])
+    [(batch, _)] = scorer.holdout(findings)
+    env = work.original(batch)
+    expected = []
+    with torch.no_grad():
+        for proposal in proposals[:2]:
+            for candidate in proposal.candidates:
+                value = work.replay.computed(work.replacement(proposal.segment, candidate, maps), env)
+                [changed], [original] = leaves(work.replay.output_with(env, candidate.exit, value)), leaves(env[work.replay.output])
+                off = changed - original
+                expected.append(float(off.square().flatten(1).mean(1)[batch[1] >= STEPS // 2].mean()))
+    assert losses(clean(), fit) == pytest.approx(expected)
+    assert losses(clean(), Reconstruction()) != pytest.approx(expected)
+
+
+def test_conditions_that_the_network_does_not_take_are_told() -> None:
+    findings, proposals = searched(model(), clean(2), torch.tensor([1, 2]))
+    scorer = NoisePrediction(images=clean(), signal=SIGNAL, conditions=(torch.zeros(12, dtype=torch.long),))
+    with pytest.raises(InputError, match=r"the network takes 2 arguments \(x, t\).*; 1 conditions are given"):
+        measure_importance(findings, proposals, [data(4)], scorer=scorer)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda: NoisePrediction(images=clean(), signal=SIGNAL, seed="a"), "seed must be a whole number"),  # type: ignore[arg-type]
+        (lambda: NoisePrediction(images=clean(), signal=SIGNAL, fit=None), "fit must be a Reconstruction"),  # type: ignore[arg-type]
+        (lambda: TimeShares([1.0, 2.0]), "shares must be a tensor"),  # type: ignore[arg-type]
+        (lambda: TimeShares(torch.ones(2, 2)), r"shares must be a tensor .*, found \(2, 2\)"),
+    ],
+)
+def test_options_of_another_kind_are_told(build: Callable[[], object], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        build()
+
+
+def test_where_only_few_images_count_plans_are_still_fitted_and_judged() -> None:
+    """Shares of 0 for all but a few, which may all be among those that a fit sees, or those that judge."""
+    network = model()
+    shares = TimeShares((torch.arange(STEPS) == 3).double())
+    for count in (STEPS, 3 * STEPS):
+        result = fxmerge.compress(
+            network, data(2), speedup=1.1, calibration=[data(count)], scorer=Reconstruction(shares=shares, score_images=count),
+            space=fxmerge.Space(max_kernel=3), timer=PriceTimer(), trials=2,
+        )  # fmt: skip
+        assert result.plan.merges
+
+
+def test_where_no_image_counts_it_is_told() -> None:
+    findings, proposals = searched(model(), clean(2), torch.tensor([1, 2]))
+    plan = Plan(findings.fingerprint, (next(c for p in proposals for c in p.candidates if c.kind == "fitted"),))
+    with pytest.raises(InputError, match="none of the 16 calibration images counts"):
+        fxmerge.fit(findings, plan, [data(16)], scorer=Reconstruction(shares=TimeShares(torch.zeros(STEPS))))

@@ -107,3 +107,12 @@ def test_a_timer_that_gives_nonsense_is_told(give: Callable[[int], Any]) -> None
         fxmerge.InputError, match="the timer function must give a measurement of 0 ns or more for each of [0-9]+ modules"
     ):
         fxmerge.measure_latency(findings, proposals, images(4), timer=nonsense)
+
+
+def test_global_random_numbers_are_not_used_up() -> None:
+    findings = fxmerge.find_segments(fxmerge.trace(network(), images(2)))
+    torch.manual_seed(3)
+    fxmerge.measure_latency(findings, fxmerge.propose(findings), (images(2),), timer=PriceTimer())
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))

@@ -147,3 +147,38 @@ def test_a_divergence_of_the_users_gets_the_outputs_as_they_are(found) -> None: 
     scorer = fxmerge.Reconstruction(divergence=lambda a, b: torch.full((len(a),), 0.25))
     table = fxmerge.measure_importance(findings, proposals[:1], images(32), scorer=scorer)
     assert {importance.loss for importance in table.candidates.values() if importance.scorer != "exact"} == {0.25}
+
+
+class Weighted:
+    """A divergence with a number of its own."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def divergence(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.factor * (one - other).square().mean(1)
+
+
+def test_a_method_is_what_its_object_is(found, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """In a store, the scores of one object are not those of another of its class."""
+    findings, proposals = found
+    with fxmerge.Store(tmp_path / "tables.db") as store:
+        scorers = [fxmerge.Reconstruction(divergence=Weighted(factor).divergence) for factor in (1.0, 100.0, 1.0)]
+        small, large, again = (
+            fxmerge.measure_importance(findings, proposals[:1], images(32), store=store, scorer=scorer) for scorer in scorers
+        )
+    name = max(small.candidates, key=small.loss)
+    assert large.loss(name) == pytest.approx(100 * small.loss(name), rel=1e-5)
+    assert again == small
+
+
+@pytest.mark.parametrize("verb", ["fit", "score"])
+def test_images_that_the_network_cannot_take_are_told_with_their_size(found, verb: str) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 2))
+    findings = fxmerge.find_segments(fxmerge.trace(model.eval(), torch.zeros(2, 3, 4, 4)))
+    proposals = fxmerge.propose(findings)
+    plan = fxmerge.Plan(findings.fingerprint, (next(c for p in proposals for c in p.candidates if c.kind == "fitted"),))
+    run = {"fit": lambda x: fxmerge.fit(findings, plan, x), "score": lambda x: fxmerge.measure_importance(findings, proposals, x)}
+    with pytest.raises(fxmerge.CalibrationError, match=r"rejects calibration inputs of size \(\d, 3, 5, 5\)"):
+        run[verb](torch.randn(8, 3, 5, 5))

@@ -185,3 +185,15 @@ def test_another_resource_is_refused() -> None:
     with pytest.raises(fxmerge.InputError, match="resource is 'watts'; give one of parameters, multiply_adds, peak_bytes"):
         count_resource(findings, (), "watts")  # type: ignore[arg-type]
     assert isinstance(count_resource(findings, (), "parameters"), Resource)
+
+
+@pytest.mark.parametrize(("activation", "steps"), [(nn.ReLU(), 1), (nn.GELU(), 2)])
+def test_an_activation_put_behind_takes_an_output_of_its_own_where_torch_cannot_write_over_its_operand(
+    activation: nn.Module, steps: int
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), activation, nn.Conv2d(8, 8, 1))
+    findings = fxmerge.find_segments(fxmerge.trace(model.eval(), torch.randn(1, 3, 5, 8)))
+    proposals = fxmerge.propose(findings, fxmerge.Space(added=True))
+    peak = count_resource(findings, proposals, "peak_bytes")
+    added = next(c for p in proposals for c in p.candidates if c.added and c.kind == "fitted")
+    assert peak.candidates[added.id] == 4 * 40 * max(3 + 8, 8 * steps)

@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from fxmerge.analysis.candidates import propose
@@ -178,3 +180,13 @@ class TestStudents:
     def test_every_mismatch_is_a_value_error_and_one_of_ours(self) -> None:
         assert issubclass(PlanMismatchError, ValueError)
         assert issubclass(PlanMismatchError, FxMergeError)
+
+
+def test_an_identity_that_changes_channels_is_no_plan_of_ours() -> None:
+    torch.manual_seed(0)
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval(), torch.zeros(1, 3, 8, 8))
+    findings = find_segments(graph)
+    candidates = [c for p in propose(findings) for c in p.candidates]
+    one = next(c for c in candidates if c.kind == "fitted" and c.geometry.in_channels != c.geometry.out_channels)
+    with pytest.raises(PlanMismatchError, match="is no identity"):
+        annotate(graph, Plan(findings.fingerprint, (replace(one, kind="identity"),)))

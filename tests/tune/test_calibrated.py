@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxmerge
 from fxmerge.measure.divergence import divergence
 from fxmerge.testing import assert_equivalent, assert_untouched, snapshot
-from fxmerge.tune import calibrated, calibration_tune
+from fxmerge.tune import calibrate_norms, calibrated, calibration_tune
 from tests.small import images
 from tests.tune.small import disturbed, made
 
@@ -156,3 +157,25 @@ def test_items_of_different_numbers_for_all_their_images_are_all_seen() -> None:
 
     calibration_tune(student, graph, items, steps=10, augment=noted)
     assert seen == {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+def test_images_that_have_a_history_get_no_gradient_and_serve_every_step() -> None:
+    leaf = images(32).requires_grad_()
+    for given in (leaf, leaf * 1.0):
+        calibration_tune(made().fitted, made().graph, given, steps=3, batch_size=8)
+    assert leaf.grad is None
+
+
+def test_images_of_another_size_and_an_augmentation_that_gives_no_batch_are_told() -> None:
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 2)
+    graph = fxmerge.trace(nn.Sequential(*layers).eval(), torch.zeros(2, 3, 4, 4))
+    findings = fxmerge.find_segments(graph)
+    merge = next(c for p in fxmerge.propose(findings) for c in p.candidates if c.kind == "fitted")
+    student = fxmerge.linearize(fxmerge.annotate(graph, fxmerge.Plan(findings.fingerprint, (merge,))))
+    for verb in (lambda x: calibration_tune(student, graph, x, steps=1), lambda x: calibrate_norms(student, x)):
+        with pytest.raises(fxmerge.CalibrationError, match=r"rejects calibration inputs of size"):
+            verb(torch.randn(8, 3, 5, 5))
+    with pytest.raises(fxmerge.InputError, match="augment must give a batch, a tuple of the 1 arguments"):
+        calibration_tune(made().fitted, made().graph, images(16), steps=1, augment=lambda batch, generator: batch[0])  # type: ignore[arg-type, return-value]
+    with pytest.raises(fxmerge.InputError, match="seed must be a whole number"):
+        calibration_tune(made().fitted, made().graph, images(16), steps=1, seed="a")  # type: ignore[arg-type]

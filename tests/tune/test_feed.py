@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from fxmerge.errors import InputError
 from fxmerge.tune.feed import Feed
 
 
@@ -48,3 +53,41 @@ def test_inputs_become_the_arguments_of_a_network() -> None:
     assert isinstance(inputs, tuple)
     assert [float(value) for value in inputs] == [0.0, 1.0]
     assert labels is None
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_loader_is_left_as_it_was(shuffled: bool) -> None:
+    """accelerate writes into the samplers of the loader that it is given."""
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(torch.arange(32.0)[:, None], torch.arange(32)), 8, shuffle=shuffled, generator=generator)
+    sampler, state = loader.batch_sampler.sampler, generator.get_state()  # type: ignore[union-attr]
+    feed = Feed(loader, Accelerator(), seed=1)
+    orders = [torch.cat([labels for _, labels in feed.epoch(number)]).tolist() for number in (0, 1, 0)]
+    assert loader.batch_sampler.sampler is loader.sampler is sampler  # type: ignore[union-attr]
+    assert torch.equal(generator.get_state(), state)
+    assert orders[0] == orders[2]
+    assert (orders[0] != orders[1]) == shuffled
+    assert sorted(orders[0]) == list(range(32))
+
+
+def test_a_loader_without_a_length_is_counted() -> None:
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for number in range(20):
+                yield torch.full((1,), float(number)), torch.tensor(number)
+
+    feed = Feed(DataLoader(Stream(), batch_size=5), Accelerator(), seed=1)
+    assert feed.steps() == 4
+    assert torch.cat([labels for _, labels in feed.epoch(0)]).tolist() == list(range(20))
+
+
+def test_what_made_the_inputs_is_not_trained_along() -> None:
+    images = torch.ones(4, 1, requires_grad=True) * 2
+    feed = Feed([(images, torch.zeros(4))], Accelerator(), seed=1)
+    [((inputs,), _)] = list(feed.epoch(0))
+    assert not inputs.requires_grad
+
+
+def test_a_function_that_gives_no_batches_is_told() -> None:
+    with pytest.raises(InputError, match="must give batches; gave NoneType"):
+        Feed(lambda epoch: None, Accelerator(), seed=1).steps()  # type: ignore[arg-type, return-value]

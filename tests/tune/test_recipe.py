@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import fxmerge
+from fxmerge.errors import InputError
 from fxmerge.tune import Distillation, Recipe
 
 
@@ -39,3 +40,18 @@ def test_numbers_of_a_recipe_out_of_range_are_told(options: dict[str, Any], told
 def test_numbers_of_a_distillation_out_of_range_are_told(options: dict[str, Any], told: str) -> None:
     with pytest.raises(fxmerge.InputError, match=told):
         Distillation(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"distillation": None}, "distillation must be a Distillation"),
+        ({"optimiser": 3}, "optimiser must be a function"),
+        ({"loss": None}, "loss must be a function"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 2**70}, "seed must be a whole number from 0 to"),
+    ],
+)
+def test_parts_of_another_kind_are_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        Recipe(**options)

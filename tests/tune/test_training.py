@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -285,5 +286,47 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the teacher must be a network or None, found int"):
         fine_tune(student, data, teacher=3)  # type: ignore[arg-type]
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="checkpoints must be a folder that can be written, and .*file is none"):
         fine_tune(student, data, checkpoints=tmp_path / "file")
+
+
+@pytest.mark.parametrize("other", ["student", "teacher", "validation", "rate"])
+def test_a_finished_run_is_not_taken_for_another(other: str, tmp_path: Path) -> None:
+    """Of the same structure, with other weights; or judged by what there was not; or with other numbers in its optimiser."""
+
+    def adam(rate: float) -> Callable[[Any], Optimizer]:
+        return lambda parameters: torch.optim.Adam(parameters, rate)
+
+    options: dict[str, Any] = {"teacher": made().graph, "checkpoints": tmp_path, "recipe": Recipe(epochs=1, optimiser=adam(1e-4))}
+    fine_tune(made().composed, batches, **options)
+    changed: dict[str, Any] = {
+        "student": {},
+        "teacher": {"teacher": disturbed(made().graph)},
+        "validation": {"validation": list(batches(0))},
+        "rate": {"recipe": Recipe(epochs=1, optimiser=adam(1e-2))},
+    }[other]
+    student = disturbed(made().composed) if other == "student" else made().composed
+    with pytest.raises(fxmerge.PlanMismatchError, match="was written with"):
+        fine_tune(student, batches, **options | changed)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="checkpoints must be a folder that can be written"):
+        fine_tune(made().composed, lambda epoch: pytest.fail("trained"), checkpoints=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"accelerator": lambda: Accelerator(gradient_accumulation_steps=4)}, "gathers gradients over 4 batches"),
+        ({"accelerator": "cpu"}, "accelerator must be an Accelerator"),
+        ({"recipe": {"epochs": 1}}, "recipe must be a Recipe"),
+        ({"recipe": Recipe(epochs=1, optimiser=lambda p: None)}, "it made NoneType"),  # type: ignore[arg-type, return-value]
+        ({"recipe": Recipe(epochs=1, optimiser=lambda p: torch.optim.LBFGS(p))}, "it made LBFGS"),
+    ],
+)
+def test_options_that_cannot_be_used_are_told(options: dict[str, Any], told: str) -> None:
+    ready = {name: value() if callable(value) else value for name, value in options.items()}
+    with pytest.raises(InputError, match=told):
+        fine_tune(made().composed, batches, **ready)

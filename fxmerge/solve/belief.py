@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,13 +46,13 @@ class Belief:
 
     Args:
         candidates: all that are offered.
-        importance: their losses, each alone.
+        importance: their losses, each alone; one below 0, which chance made, counts for what it is above 0.
     """
 
     candidates: Sequence[Candidate]
     importance: ImportanceTable
-    seen: list[tuple[int, ...]] = field(default_factory=list)
-    lost: list[float] = field(default_factory=list)
+    seen: list[tuple[int, ...]] = field(init=False, default_factory=list)
+    lost: list[float] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.candidates = [c for c in self.candidates if c.id in self.importance.candidates]
@@ -82,12 +82,8 @@ class Belief:
             covered = self._covariance(weights)
             system = weights @ covered + _NOISE**2 * np.eye(plans)
             factors = np.clip(drawn + covered @ np.linalg.solve(system, left), -30.0, 30.0)
-        scales = np.exp(factors).tolist()
-        changed = {
-            c.id: replace(self.importance.candidates[c.id], loss=self.importance.loss(c.id) * scale)
-            for c, scale in zip(self.candidates, scales, strict=True)
-        }
-        return ImportanceTable(changed)
+        scales = zip(self.candidates, np.exp(factors).tolist(), strict=True)
+        return self.importance.scaled({c.id: math.copysign(scale, self.importance.loss(c.id)) for c, scale in scales})
 
     def _drawn(self, generator: np.random.Generator) -> _Floats:
         """The factors' logarithms, before anything was seen."""

@@ -11,7 +11,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate
 from fxmerge.core.table import Importance, ImportanceTable
-from fxmerge.measure.belief import Belief
+from fxmerge.solve.belief import Belief
 
 KINDS = ("fitted", "fitted", "composed", "composed", "identity")
 CANDIDATES = tuple(
@@ -85,3 +85,14 @@ def test_what_loses_nothing_goes_on_losing_nothing() -> None:
     found = Belief(CANDIDATES, table)
     found.observe(plan(0, 1), 0.1)
     assert expected(found) == [0.0] * len(CANDIDATES)
+
+
+def test_tables_drawn_are_such_that_the_solver_takes() -> None:
+    """Losses as bad as can be stay so, and those below 0, which chance made, are small ones above it."""
+    found = belief((1e6, 0.03, -2e-3, 3.0, 1.0))
+    found.observe(plan(0, 1), 1e-9)
+    found.observe(plan(2), 5.0)
+    for number in range(20):
+        losses = [found.table(np.random.default_rng(number)).loss(c.id) for c in CANDIDATES]
+        assert all(0 <= loss <= 1e6 for loss in losses)
+    assert expected(found)[2] == pytest.approx(5.0, rel=0.1)
