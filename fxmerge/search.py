@@ -143,8 +143,8 @@ class Search:
         """Of the plans that should take as long as the one found, or less, the one whose whole merged network is nearest.
 
         The sum of the candidates' losses sees neither how their errors act together nor what the layers behind make up for. Here
-        plans are fitted whole: many on few images, the best of those on all. After the one found come the best of smaller
-        spaces, such as layers pruned only; then what was fitted tells which plan to try next
+        plans are fitted whole and judged on images held out: many by few images, the best of those by all. After the one found
+        come the best of smaller spaces, such as layers pruned only; then what was fitted tells which plan to try next
         (:class:`fxmerge.solve.belief.Belief`). Whichever is taken was measured, and is within the budget.
 
         Args:
@@ -162,18 +162,19 @@ class Search:
         over = max(1, measured[1].median_ns) / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
         most = max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over))
         tried = self._tried(plan, most, scorer, trials, lambda done: progress(done, trials + _FINALS))
+        findings, batches = self.found.findings, self.found.batches
         scored = []
         for number, one in enumerate(tried[:_FINALS]):
-            weights, loss = scorer.fit_and_score(self.found.findings, one, self.found.batches)
-            scored.append((loss, number, one, weights))
+            loss = scorer.held_out_loss(findings, one, batches) if len(tried) > 1 else one.loss
+            scored.append((loss, number, one))
             progress(trials + number + 1, trials + len(tried[:_FINALS]))
-        for loss, _, one, weights in sorted(scored, key=lambda entry: entry[:2]):
+        for loss, _, one in sorted(scored, key=lambda entry: entry[:2]):
             log.info("plan of %.3f ms predicted: loss %.4g alone, %.4g together", (one.latency_ns or 0) / 1e6, one.loss, loss)
             again = measured if one.merges == plan.merges else self.measure(one)
             asked = budget.of_ns(again[0].median_ns)
             if one.merges == plan.merges or again[1].median_ns <= asked * (1 + self.tolerance):
-                return one, again, weights
-        return plan, measured, scorer.fit(self.found.findings, plan, self.found.batches)
+                return one, again, scorer.fit(findings, one, batches)
+        return plan, measured, scorer.fit(findings, plan, batches)
 
     def _tried(self, plan: Plan, most_ns: int, scorer: Reconstruction, trials: int, progress: Callable[[int], None]) -> list[Plan]:
         """Plans that take no longer than this, by how near to the original they are, fitted roughly; the nearest first."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
+from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.module import convolution, separate_padding
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.plan import Plan
@@ -19,6 +20,8 @@ from fxmerge.graph.constants import constant_value
 from fxmerge.graph.layout import to_last, turns
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import module_of, node_named
+from fxmerge.measure.calibration import Batch, as_batches
+from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.operators import is_linear
 from fxmerge.passes.annotate import annotate, merges, stretch
 from fxmerge.passes.fuse_segments import fuse
@@ -26,6 +29,21 @@ from fxmerge.passes.linearize import Linearize
 
 #: Largest difference allowed, over the largest value of the reference.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def fitted_and_scored(
+    scorer: Reconstruction, findings: Findings, plan: Plan, batches: Sequence[Batch]
+) -> tuple[dict[str, Affine], float]:
+    """Weights of a plan, and how far its merged network is from the original on the images that they were fitted to."""
+    weights = scorer.fit(findings, plan, batches)
+    return weights, scorer.work(findings, batches).loss_of(plan, weights)
+
+
+def held_out(data: Tensor, graph: GraphModule, most: int = 64) -> tuple[Tensor, Tensor]:
+    """The images that scorers judge on, and those that they fit weights to."""
+    mixed = torch.cat([batch[0] for batch in as_batches(data, graph)])
+    count = min(most, len(mixed) // 4)
+    return mixed[:count], mixed[count:]
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:

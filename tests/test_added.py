@@ -20,7 +20,7 @@ from fxmerge.measure.divergence import divergence
 from fxmerge.search import build_networks
 from fxmerge.tune import already_merged, shared_cuts
 from tests.fakes import PriceTimer
-from tests.laws import TOLERANCE, assert_law, random_plan, relative_error
+from tests.laws import TOLERANCE, assert_law, held_out, random_plan, relative_error
 
 SPACE = fxmerge.Space(added=True)
 
@@ -156,13 +156,14 @@ def test_a_merge_behind_reads_the_activation(found: Found) -> None:
 
 def test_what_is_scored_is_what_the_student_computes(found: Found) -> None:
     batch, candidate = images(32, seed=1), found.whole()
+    judged, others = held_out(batch, found.graph)
     alone = fxmerge.Reconstruction().alone()
     [proposal] = narrowed(found.proposals, lambda c: c == candidate)
     scored = fxmerge.measure_importance(found.findings, [proposal], batch).loss(candidate.id)
     plan = found.plan(candidate)
-    _, merged = build_networks(found.findings, plan, alone.fit(found.findings, plan, fxmerge.as_batches(batch, found.graph)))
+    _, merged = build_networks(found.findings, plan, alone.fit(found.findings, plan, fxmerge.as_batches(others, found.graph)))
     with torch.no_grad():
-        expected = float(divergence(found.graph(batch), merged(batch)).mean())
+        expected = float(divergence(found.graph(judged), merged(judged)).mean())
     assert scored == pytest.approx(expected, rel=1e-6)
     assert scored > 0
 

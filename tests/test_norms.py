@@ -28,7 +28,7 @@ from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import Linearize, linearize
 from fxmerge.saved import load, save_student
 from tests.fakes import PriceTimer
-from tests.laws import relative_error
+from tests.laws import fitted_and_scored, relative_error
 from tests.zoo import Net, conv, images
 
 
@@ -179,7 +179,7 @@ class TestWeights:
         assert len(drawn) >= 6
         for candidate in drawn.values():
             plan = Plan(findings.fingerprint, (candidate,))
-            weights, loss = Reconstruction().fit_and_score(findings, plan, [given])
+            weights, loss = fitted_and_scored(Reconstruction(), findings, plan, [given])
             merged = fuse(linearize(annotate(findings.graph, plan), weights=weights))
             with torch.no_grad():
                 expected = float(divergence(findings.graph(*given), merged(*given), images=4).mean())
@@ -189,7 +189,7 @@ class TestWeights:
         """So there the fixed one loses nothing: the convolution before it takes it up."""
         findings, given = blocks("group"), inputs(1)
         [folded] = [c for c in offered("group") if c.kind == "composed" and c.exit == "norm_a" and c.entry == "relu"]
-        weights, loss = Reconstruction().fit_and_score(findings, Plan(findings.fingerprint, (folded,)), [given])
+        weights, loss = fitted_and_scored(Reconstruction(), findings, Plan(findings.fingerprint, (folded,)), [given])
         assert loss < 1e-20
         assert set(weights) == {folded.part("norm_a")}
 
@@ -218,7 +218,7 @@ class TestWeights:
         findings = find_segments(trace(model, inputs()))
         fitted = next(c for p in propose(findings) for c in p.candidates if c.kind == "fitted" and c.sides and c.exit == "b")
         plan = Plan(findings.fingerprint, (fitted,))
-        _, loss = Reconstruction(ridge=1e-12).fit_and_score(findings, plan, [inputs(32)])
+        _, loss = fitted_and_scored(Reconstruction(ridge=1e-12), findings, plan, [inputs(32)])
         assert loss < 1e-12
 
 

@@ -80,19 +80,17 @@ def test_the_plans_that_lose_least_on_few_images_are_fitted_on_all_and_of_those_
 ) -> None:
     roughly: dict[tuple[object, ...], float] = {}
     wholly: dict[tuple[object, ...], float] = {}
-    rough, fit_and_score = fxmerge.Reconstruction.rough, fxmerge.Reconstruction.fit_and_score
+    rough, held_out_loss = fxmerge.Reconstruction.rough, fxmerge.Reconstruction.held_out_loss
 
     def fitted_roughly(self: fxmerge.Reconstruction, *data: Any) -> Callable[[fxmerge.Plan], float]:
         loss_of = rough(self, *data)
         return lambda plan: roughly.setdefault(plan.merges, loss_of(plan))
 
-    def fitted_wholly(self: fxmerge.Reconstruction, findings: Any, plan: fxmerge.Plan, batches: Any) -> Any:
-        weights, loss = fit_and_score(self, findings, plan, batches)
-        wholly[plan.merges] = loss
-        return weights, loss
+    def fitted_wholly(self: fxmerge.Reconstruction, findings: Any, plan: fxmerge.Plan, batches: Any) -> float:
+        return wholly.setdefault(plan.merges, held_out_loss(self, findings, plan, batches))
 
     monkeypatch.setattr(fxmerge.Reconstruction, "rough", fitted_roughly)
-    monkeypatch.setattr(fxmerge.Reconstruction, "fit_and_score", fitted_wholly)
+    monkeypatch.setattr(fxmerge.Reconstruction, "held_out_loss", fitted_wholly)
     plan, _, _ = taken(misled(found), 8)
     assert list(wholly) == sorted(roughly, key=roughly.__getitem__)[:3]
     assert wholly[plan.merges] == min(wholly.values())

@@ -14,7 +14,7 @@ from fxmerge import Reconstruction, Space, annotate, compress, find_segments, fu
 from fxmerge.core.plan import Plan
 from fxmerge.measure.divergence import divergence
 from tests.fakes import PriceTimer
-from tests.laws import relative_error
+from tests.laws import fitted_and_scored, relative_error
 from tests.zoo import conv, images, randomise_
 
 
@@ -84,7 +84,7 @@ def test_what_is_scored_is_what_is_built() -> None:
     candidates = [c for p in propose(findings) if p.segment.expression.sides for c in p.candidates if c.kind == "composed"]
     for candidate in (candidates[0], candidates[-1]):
         plan = Plan(findings.fingerprint, (candidate,))
-        _, loss = Reconstruction().fit_and_score(findings, plan, [given])
+        _, loss = fitted_and_scored(Reconstruction(), findings, plan, [given])
         merged = fuse(linearize(annotate(graph, plan)))
         assert loss == pytest.approx(float(divergence(graph(*given), merged(*given), images=4).mean().detach()), rel=1e-9)
 

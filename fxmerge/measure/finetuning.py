@@ -157,8 +157,9 @@ class Custom:
 
     Args:
         name: what its scores are kept under; two functions of one name are one scorer to a store.
-        function: (original, merged network, calibration batches) -> loss, at least 0; both networks in eval mode. To go to other
-            processes it must be one that pickle can send: a function of a module, not a lambda.
+        function: (original, merged network, calibration batches) -> loss, at least 0; both networks in eval mode. Weights were
+            fitted to these batches; one that judges by images of its own judges more strictly. To go to other processes it must be
+            one that pickle can send: a function of a module, not a lambda.
         fit: what weights fitted candidates get.
     """
 

@@ -85,7 +85,7 @@ class Fitting(Substitution):
             images = sum(map(images_in, self.batches))
             warnings.warn(
                 f"{images} calibration images are too few: {worst.id} has {ratio:.1f} times as many weights a filter as they have "
-                f"positions, so losses come out too low. Give at least {math.ceil(images * ratio)}, better ten times that",
+                f"positions, so its weights fit these by heart. Give at least {math.ceil(images * ratio)}, better ten times that",
                 stacklevel=3,
             )
 

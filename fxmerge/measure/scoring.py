@@ -26,7 +26,7 @@ from fxmerge.measure.calibration import Batch, as_batches
 from fxmerge.measure.digests import data_digest, network_digest
 from fxmerge.measure.executors import Executor, ExecutorName, as_executor
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.screening import wanted
+from fxmerge.measure.screening import DRAWS, wanted
 from fxmerge.measure.store import Store, key_of
 from fxmerge.measure.study import Subject
 from fxmerge.solve.objective import Objective
@@ -144,13 +144,27 @@ def score(
     coarse = scorer.coarse() if latency is not None and isinstance(scorer, Coarse) else None
     if coarse is None or latency is None:
         return ImportanceTable(work.scores(scorer, proposals, 0, _count(proposals)))
-    # The bar shows the first round as the first half: how many there will be in the second is not known before.
-    first = work.scores(coarse, proposals, 0, 2 * _count(proposals))
-    kept = wanted(findings.region, proposals, latency, ImportanceTable(first), findings.fingerprint, objective)
-    chosen = narrowed(proposals, lambda candidate: candidate.id in kept)
-    log.info("%d of %d candidates are scored on all images", _count(chosen), _count(proposals))
-    second = work.scores(scorer, chosen, _count(proposals), _count(proposals) + _count(chosen))
-    return ImportanceTable({**first, **second})
+    # The bar shows the first round as the first half: how many there will be in the others is not known before.
+    known = work.scores(coarse, proposals, 0, 2 * _count(proposals))
+    done = _count(proposals)
+    fine: set[str] = set()
+    for number in range(_ROUNDS):
+        draws = _FEW_DRAWS if number else DRAWS
+        kept = (
+            wanted(findings.region, proposals, latency, ImportanceTable(known), findings.fingerprint, objective, draws=draws) - fine
+        )
+        chosen = narrowed(proposals, lambda candidate, kept=kept: candidate.id in kept)  # type: ignore[misc]
+        if not chosen:
+            break
+        log.info("%d of %d candidates are scored on all images", _count(chosen), _count(proposals))
+        known |= work.scores(scorer, chosen, done, done + _count(chosen))
+        fine |= kept
+        done += _count(chosen)
+    return ImportanceTable(known)
+
+
+#: What was scored on all images may lose more than it seemed to, and others are wanted then: so often at most, by so many tables.
+_ROUNDS, _FEW_DRAWS = 8, 4
 
 
 #: At least so many tasks, where there are so many tensors that candidates start at: what is lost with one that is killed.

@@ -18,6 +18,7 @@ from fxmerge.core.leaves import leaves
 from fxmerge.core.plan import Plan
 from fxmerge.measure.calibration import as_batches
 from tests.fakes import PriceTimer
+from tests.laws import fitted_and_scored
 from tests.test_norms import NORMS, shaken
 from tests.zoo import conv
 
@@ -262,7 +263,7 @@ class TestShares:
         candidate = next(c for p in proposals for c in p.candidates if c.moved and c.sides)
         plan = Plan(findings.fingerprint, (candidate,))
         scorer = Reconstruction(shares=shares)
-        weights, loss = scorer.fit_and_score(findings, plan, as_batches([given], findings.graph))
+        weights, loss = fitted_and_scored(scorer, findings, plan, as_batches([given], findings.graph))
         return {name: affine.weight for name, affine in weights.items()}, loss
 
     def test_an_image_that_counts_for_nothing_is_as_if_it_were_not_there(self) -> None:

@@ -12,6 +12,7 @@ import fxmerge
 from fxmerge.measure.latency import worthwhile
 from fxmerge.measure.replay import Replay
 from tests.fakes import PriceTimer
+from tests.laws import held_out
 from tests.small import images, network
 from tests.zoo import images as zoo_images
 from tests.zoo import specimen
@@ -29,7 +30,8 @@ def test_every_candidate_gets_a_loss_that_a_whole_rebuilt_network_confirms(found
     table = fxmerge.measure_importance(findings, proposals, data)
     ids = [c.id for p in proposals for c in p.candidates]
     assert set(ids) == set(table.candidates)
-    reference = findings.graph(data)
+    judged, _ = held_out(data, findings.graph)
+    reference = findings.graph(judged)
     for proposal in proposals[:6]:
         for candidate in proposal.candidates:
             if candidate.kind == "fitted":
@@ -37,7 +39,7 @@ def test_every_candidate_gets_a_loss_that_a_whole_rebuilt_network_confirms(found
             plan = fxmerge.Plan(findings.fingerprint, (candidate,))
             student = fxmerge.linearize(fxmerge.annotate(findings.graph, plan))
             with torch.no_grad():
-                loss = float(fxmerge.measure.divergence.divergence(reference, student(data)).mean())  # type: ignore[attr-defined]
+                loss = float(fxmerge.measure.divergence.divergence(reference, student(judged)).mean())  # type: ignore[attr-defined]
             assert table.loss(candidate.id) == pytest.approx(min(loss, 1e6), rel=1e-2, abs=1e-6)
 
 
@@ -46,16 +48,17 @@ def test_candidates_that_make_the_image_larger_are_scored_and_fitted_as_they_are
     findings = fxmerge.find_segments(fxmerge.trace(model, data[:2]))
     proposals = [p for p in fxmerge.propose(findings) if str(p.segment) == "relu -> relu_1"]
     losses = fxmerge.measure_importance(findings, proposals, data)
+    judged, others = held_out(data, findings.graph)
     [composed, largest, small] = proposals[0].candidates
     assert (composed.exact, losses.loss(composed.id)) == (True, 0.0)
     assert losses.loss(largest.id) < 1e-6  # what it is fitted to is such a map
     assert losses.loss(small.id) > 1e-3
     for candidate, loss in ((largest, 1e-6), (small, losses.loss(small.id))):
         plan = fxmerge.Plan(findings.fingerprint, (candidate,))
-        weights = fxmerge.fit(findings, plan, data, scorer=fxmerge.Reconstruction().alone())
+        weights = fxmerge.fit(findings, plan, others, scorer=fxmerge.Reconstruction().alone())
         student = fxmerge.linearize(fxmerge.annotate(findings.graph, plan), weights=weights)
         with torch.no_grad():
-            found = fxmerge.measure.divergence.divergence(findings.graph(data), student(data))  # type: ignore[attr-defined]
+            found = fxmerge.measure.divergence.divergence(findings.graph(judged), student(judged))  # type: ignore[attr-defined]
         assert float(found.mean()) == pytest.approx(loss, rel=1e-3, abs=1e-6)
 
 

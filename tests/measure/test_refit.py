@@ -20,6 +20,7 @@ from fxmerge.measure.shelf import Shelf
 from fxmerge.operators import Map, Site, default_operators
 from fxmerge.passes.adjust import adjust, layers_of
 from fxmerge.search import build_networks
+from tests.laws import fitted_and_scored
 
 
 class Net(nn.Module):
@@ -89,7 +90,7 @@ def test_weights_are_scored_as_they_are_built(found) -> None:  # type: ignore[no
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
     data = images(100)
     batches = fxmerge.as_batches(data, findings.graph)
-    weights, scored = fxmerge.Reconstruction().fit_and_score(findings, plan, batches)
+    weights, scored = fitted_and_scored(fxmerge.Reconstruction(), findings, plan, batches)
     stayed = weights.keys() & layers_of(findings.graph).keys()
     assert stayed >= {"m1", "b2", "short"}
     student, merged = build_networks(findings, plan, weights)
@@ -173,7 +174,7 @@ def test_layers_on_tensors_whose_first_dimension_is_not_that_of_the_images(share
     for candidate in fitted:
         plan = fxmerge.Plan(findings.fingerprint, (candidate,))
         scorer = fxmerge.Reconstruction(shares=shares)
-        weights, scored = scorer.fit_and_score(findings, plan, fxmerge.as_batches(images(30), findings.graph))
+        weights, scored = fitted_and_scored(scorer, findings, plan, fxmerge.as_batches(images(30), findings.graph))
         assert candidate.id in weights
         assert scored < 1
 
@@ -257,10 +258,10 @@ def test_a_rough_fit_is_judged_on_images_that_it_never_saw(found) -> None:  # ty
     findings, candidates = found
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
     data = images(90)
-    batches = fxmerge.as_batches(data, findings.graph, batch_size=32)
+    batches = fxmerge.as_batches(data, findings.graph, batch_size=32, seed=None)
     few = fxmerge.Reconstruction(least_rows=4096, rows_per_unknown=4)
-    weights = few.fit(findings, plan, fxmerge.as_batches(data[:60], findings.graph, batch_size=32))
-    unseen = few.work(findings, fxmerge.as_batches(data[60:], findings.graph)).loss_of(plan, weights)
+    weights = few.fit(findings, plan, fxmerge.as_batches(data[:60], findings.graph, batch_size=32, seed=None))
+    unseen = few.work(findings, fxmerge.as_batches(data[60:], findings.graph, seed=None)).loss_of(plan, weights)
     assert fxmerge.Reconstruction().rough(findings, batches)(plan) == pytest.approx(unseen, rel=1e-3)
 
 

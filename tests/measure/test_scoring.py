@@ -30,9 +30,9 @@ def test_with_latencies_only_candidates_that_matter_are_scored_on_all_images(tab
     table = fxmerge.measure_importance(findings, proposals, images(64), scorer=scorer, latency=latency)
     assert list(table.candidates) == list(whole.candidates)
     samples = {name: found.samples for name, found in table.candidates.items()}
-    assert {8, 64} <= set(samples.values()) <= {0, 8, 64}
+    assert {8, 16} <= set(samples.values()) <= {0, 8, 16}  # of 64 images a quarter is held out
     for name, found in table.candidates.items():
-        if found.samples == 64:
+        if found.samples == 16:
             assert found.loss == pytest.approx(whole.loss(name), rel=1e-3, abs=1e-7)
     candidates = [c for p in proposals for c in p.candidates]
     fronts = [fxmerge.solve(findings.region, candidates, latency, t, findings.fingerprint) for t in (table, whole)]
