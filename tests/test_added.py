@@ -107,9 +107,9 @@ def test_one_with_numbers_of_its_own_is_not_put_anywhere() -> None:
 def test_the_law(activation: nn.Module) -> None:
     case, rng = Found(activation), random.Random(0)
     inputs = [images(), images(1, (9, 14), seed=1)]
-    for candidate in case.added:
+    for candidate in rng.sample(case.added, min(16, len(case.added))):
         assert_law(case.graph, case.plan(candidate), inputs, norms=rng.random() < 0.5)
-    for number in range(10):
+    for number in range(6):
         assert_law(case.graph, random_plan(case.findings, case.proposals, rng), inputs, norms=number % 2 == 0)
 
 

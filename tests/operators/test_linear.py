@@ -33,7 +33,7 @@ from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import added_norms, linearize
 from fxmerge.tune.norms import calibrate_norms
 from tests.fakes import PriceTimer
-from tests.laws import assert_law, random_plan, relative_error
+from tests.laws import assert_law, held_out, random_plan, relative_error
 from tests.zoo import Net, conv
 
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -324,12 +324,13 @@ class TestWeightsFromData:
         findings = find_segments(graph)
         proposals = propose(findings, Space(fitted=False))
         table = fxmerge.measure_importance(findings, proposals, data)
-        reference = graph(data)
+        judged, others = held_out(data, graph)
+        reference = graph(judged)
         for candidate in (c for p in proposals for c in p.candidates):
             plan = Plan(findings.fingerprint, (candidate,))
-            weights = fxmerge.fit(findings, plan, data, scorer=fxmerge.Reconstruction().alone())
+            weights = fxmerge.fit(findings, plan, others, scorer=fxmerge.Reconstruction().alone())
             student = linearize(annotate(graph, plan), weights=weights)
             with torch.no_grad():
-                loss = float(fxmerge.measure.divergence.divergence(reference, student(data)).mean())  # type: ignore[attr-defined]
+                loss = float(fxmerge.measure.divergence.divergence(reference, student(judged)).mean())  # type: ignore[attr-defined]
             if candidate.geometry.pointwise:  # else padding has moved in the student
                 assert table.loss(candidate.id) == pytest.approx(min(loss, 1e6), rel=1e-6, abs=1e-9), candidate.id
