@@ -110,32 +110,31 @@ def _prepared(data: Data, accelerator: Any, seed: int) -> Any:
     before = options.use_seedable_sampler, options.data_seed
     options.use_seedable_sampler, options.data_seed = True, seed
     try:
-        return accelerator.prepare_data_loader(_own(data))
+        return accelerator.prepare_data_loader(_own(data, {}))
     finally:
         options.use_seedable_sampler, options.data_seed = before
 
 
-def _own(loader: Any) -> Any:
-    """A loader of the same data and order whose samplers and generators are its own: accelerate writes into them."""
-    twin = copy.copy(loader)
-    generators: dict[int, torch.Generator] = {}
+#: What a loader, and a sampler, hold that accelerate or a new epoch writes into.
+_WRITTEN = ("generator", "sampler", "batch_sampler")
 
-    def owned(thing: Any) -> Any:
-        own = copy.copy(thing)
-        generator = getattr(own, "generator", None)
-        if isinstance(generator, torch.Generator):
-            if id(generator) not in generators:
-                generators[id(generator)] = torch.Generator(generator.device)
-                generators[id(generator)].set_state(generator.get_state())
-            own.__dict__["generator"] = generators[id(generator)]
-        return own
 
-    twin.__dict__.update(owned(twin).__dict__, _iterator=None)  # a loader lets nobody set these
-    samplers = {name: loader.__dict__.get(name) for name in ("sampler", "batch_sampler")}
-    owns = {id(sampler): owned(sampler) for sampler in samplers.values() if sampler is not None}
-    for own in owns.values():
-        inner = getattr(own, "sampler", None)
-        if inner is not None:
-            own.sampler = owns.setdefault(id(inner), owned(inner)) if id(inner) not in owns else owns[id(inner)]
-    twin.__dict__.update({name: owns[id(sampler)] for name, sampler in samplers.items() if sampler is not None})
-    return twin
+def _own(thing: Any, made: dict[int, Any]) -> Any:
+    """A loader or sampler of the same data and order, whose samplers and generators are its own, each copied once.
+
+    Args:
+        thing: not changed.
+        made: what was copied so far, by the id of what it is a copy of.
+    """
+    if id(thing) not in made:
+        if isinstance(thing, torch.Generator):
+            own: Any = torch.Generator(thing.device)
+            own.set_state(thing.get_state())
+        else:
+            own = copy.copy(thing)
+            held = getattr(own, "__dict__", {})  # a loader lets nobody set its attributes in another way
+            held.update({name: _own(held[name], made) for name in _WRITTEN if held.get(name) is not None})
+            if "_iterator" in held:  # the workers of the other
+                held["_iterator"] = None
+        made[id(thing)] = own
+    return made[id(thing)]

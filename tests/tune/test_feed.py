@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from fxmerge.errors import InputError
 from fxmerge.tune.feed import Feed
@@ -91,3 +91,16 @@ def test_what_made_the_inputs_is_not_trained_along() -> None:
 def test_a_function_that_gives_no_batches_is_told() -> None:
     with pytest.raises(InputError, match="must give batches; gave NoneType"):
         Feed(lambda epoch: None, Accelerator(), seed=1).steps()  # type: ignore[arg-type, return-value]
+
+
+def test_a_loader_with_a_batch_sampler_is_left_as_it_was_too() -> None:
+    """Its inner sampler is not the loader's own."""
+    generator = torch.Generator().manual_seed(3)
+    data = TensorDataset(torch.arange(32.0)[:, None], torch.arange(32))
+    inner = RandomSampler(data, generator=generator)
+    loader = DataLoader(data, batch_sampler=BatchSampler(inner, 8, drop_last=False))
+    state = generator.get_state()
+    order = torch.cat([labels for _, labels in Feed(loader, Accelerator(), seed=1).epoch(0)]).tolist()
+    assert sorted(order) == list(range(32))
+    assert loader.batch_sampler.sampler is inner  # type: ignore[union-attr]
+    assert torch.equal(generator.get_state(), state)
