@@ -52,13 +52,13 @@ class Search:
     """Find the plan whose *measured* latency meets the budget.
 
     Args:
-        found: the network and its tables.
+        survey: the network and its tables.
         tolerance: how far over the budget the measured latency may be, as a fraction of it.
         timer: what measures whole networks; None for :func:`fxmerge.compare`.
         objective: what plans are ranked by.
     """
 
-    found: Survey
+    survey: Survey
     tolerance: float
     timer: Timer | None = None
     objective: Objective = "additive-loss"
@@ -66,20 +66,20 @@ class Search:
     @cached_property
     def front(self) -> ParetoFront:
         """Of all candidates, by the tables as they were measured."""
-        return self.found.study.front(objective=self.objective)
+        return self.survey.study.front(objective=self.objective)
 
     @cached_property
     def original(self) -> GraphModule:
         """With its batch norms folded."""
-        return baseline(self.found.findings.graph, operators=self.found.findings.operators)
+        return baseline(self.survey.findings.graph, operators=self.survey.findings.operators)
 
     def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
         """The folded original and the merged network of a plan, timed in turn."""
-        _, merged = build_networks(self.found.findings, plan, {})
-        modules = [Timed(self.original, self.found.arguments), Timed(merged, self.found.arguments)]
-        original, found = (self.timer or compare)(modules, target=self.found.target)
-        if self.found.kept is not None:
-            store, study = self.found.kept
+        _, merged = build_networks(self.survey.findings, plan, {})
+        modules = [Timed(self.original, self.survey.arguments), Timed(merged, self.survey.arguments)]
+        original, found = (self.timer or compare)(modules, target=self.survey.target)
+        if self.survey.kept is not None:
+            store, study = self.survey.kept
             store.add_trial(study, Trial(plan, original, found))
         return original, found
 
@@ -162,14 +162,15 @@ class Search:
         over = max(1, measured[1].median_ns) / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
         most = max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over))
         tried = self._tried(plan, most, scorer, trials, lambda done: progress(done, trials + _FINALS))
-        findings, batches = self.found.findings, self.found.batches
+        findings, batches = self.survey.findings, self.survey.batches
         scored = []
         for number, one in enumerate(tried[:_FINALS]):
             loss = scorer.held_out_loss(findings, one, batches) if len(tried) > 1 else one.loss
             scored.append((loss, number, one))
             progress(trials + number + 1, trials + len(tried[:_FINALS]))
         for loss, _, one in sorted(scored, key=lambda entry: entry[:2]):
-            log.info("plan of %.3f ms predicted: loss %.4g alone, %.4g together", (one.latency_ns or 0) / 1e6, one.loss, loss)
+            if len(scored) > 1:
+                log.info("plan of %.3f ms predicted: loss %.4g alone, %.4g together", (one.latency_ns or 0) / 1e6, one.loss, loss)
             again = measured if one.merges == plan.merges else self.measure(one)
             asked = budget.of_ns(again[0].median_ns)
             if one.merges == plan.merges or again[1].median_ns <= asked * (1 + self.tolerance):
@@ -180,9 +181,9 @@ class Search:
         """Plans that take no longer than this, by how near to the original they are, fitted roughly; the nearest first."""
         if plan.exact or not trials:
             return [plan]
-        found = self.found
-        belief = Belief(found.candidates, found.importance)
-        loss_of = scorer.rough(found.findings, found.batches)
+        survey = self.survey
+        belief = Belief(survey.candidates, survey.importance)
+        loss_of = scorer.rough(survey.findings, survey.batches)
         generator = np.random.default_rng(scorer.seed)
         losses: dict[tuple[Candidate, ...], tuple[float, int, Plan]] = {}
         first = self._restricted(most_ns)
@@ -194,7 +195,7 @@ class Search:
             losses[pending.merges] = loss, len(losses), pending
             progress(len(losses))
             tables = (belief.table(generator if draw else None) for draw in range(len(losses) % 2, _DRAWS))
-            plans = chain(first, (self._picked(found.candidates, table, most_ns) for table in tables))
+            plans = chain(first, (self._picked(survey.candidates, table, most_ns) for table in tables))
             pending = next((one for one in plans if one.merges and one.merges not in losses), None)
         return [one for _, _, one in sorted(losses.values(), key=lambda entry: entry[:2])]
 
@@ -203,11 +204,11 @@ class Search:
 
         Losses of single candidates go wrong differently by kind, so that the front of all may miss what one of these has.
         """
-        found = self.found
-        spaces = [[c for c in found.candidates if c.kind != "fitted"]]
-        spaces += [list(restrict(found.findings.region, found.candidates, name)) for name in ("layers", "activations")]
+        survey = self.survey
+        spaces = [[c for c in survey.candidates if c.kind != "fitted"]]
+        spaces += [list(restrict(survey.findings.region, survey.candidates, name)) for name in ("layers", "activations")]
         for offered in spaces:
-            plan = self._picked(offered, found.importance, most_ns)
+            plan = self._picked(offered, survey.importance, most_ns)
             if (plan.latency_ns or 0) <= most_ns:
                 yield plan
 
@@ -215,12 +216,12 @@ class Search:
         """The plan that a table of losses asks for; its loss is the one that the measured table gives it."""
         front = self._front_of(candidates, table)
         plan = front.plan(front.index(max(most_ns, front.fastest_ns)))
-        priced = self._front_of(plan.merges, self.found.importance).plan(0)  # each merge is faster than what it replaces
+        priced = self._front_of(plan.merges, self.survey.importance).plan(0)  # each merge is faster than what it replaces
         return priced if priced.merges == plan.merges else plan
 
     def _front_of(self, candidates: Sequence[Candidate], table: ImportanceTable) -> ParetoFront:
-        found, findings = self.found, self.found.findings
-        tables = (findings.region, candidates, found.latency, table, findings.fingerprint)
+        findings = self.survey.findings
+        tables = (findings.region, candidates, self.survey.latency, table, findings.fingerprint)
         return solve_tables(*tables, objective=self.objective, max_points=_POINTS)
 
     def _index(self, budget_ns: float) -> int:
@@ -233,13 +234,13 @@ class Search:
         """The fastest plan there is, if it meets the budget."""
         plan = self.front.plan(0)
         measured = self.measure(plan)
-        original, found = (m.median_ns for m in measured)
+        original, fastest = (m.median_ns for m in measured)
         asked = budget.of_ns(original)
-        if found > asked * (1 + self.tolerance):
+        if fastest > asked * (1 + self.tolerance):
             raise BudgetError(
-                f"asked for {asked / 1e6:.3f} ms ({original / asked:.2f}x); the fastest plan there is takes {found / 1e6:.3f} ms, "
-                f"measured ({original / found:.2f}x). Ask for that or less, or offer more candidates (space=, max_kernel=).",
+                f"asked for {asked / 1e6:.3f} ms ({original / asked:.2f}x); the fastest plan there is takes {fastest / 1e6:.3f} ms "
+                f"(measured, {original / fastest:.2f}x). Ask for that or less, or offer more candidates (space=, max_kernel=).",
                 asked_ns=math.floor(asked),
-                fastest_ns=found,
+                fastest_ns=fastest,
             )
         return plan, measured

@@ -68,8 +68,8 @@ def test_the_best_plans_of_smaller_spaces_are_tried_whatever_the_table_says_of_o
     search = Search(misled(found), 0.03, PriceTimer())
     most = int(search.front.original_ns / 1.1)
     tried = {plan.merges for plan in search._tried(search.front.plan(search.front.index(most)), most, FITTER, 4, lambda done: None)}
-    tables = search.found.findings.region, search.found.candidates, search.found.latency, search.found.importance
-    fronts = [fxmerge.solve(*tables, search.found.findings.fingerprint, space=name) for name in ("layers", "activations")]
+    tables = search.survey.findings.region, search.survey.candidates, search.survey.latency, search.survey.importance
+    fronts = [fxmerge.solve(*tables, search.survey.findings.fingerprint, space=name) for name in ("layers", "activations")]
     there = [front.plan(front.index(most)).merges for front in fronts if front.fastest_ns <= most]
     assert there
     assert set(there) <= tried

@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> str:
         (
             _title(o, model),
             f"{len(findings.segments)} segments, {len(latency.candidates)} candidates, {len(latency.measurements)} distinct "
-            f"geometries timed, {len(search.found.candidates)} candidates faster than what they replace and scored; front of "
+            f"geometries timed, {len(search.survey.candidates)} candidates faster than what they replace and scored; front of "
             f"{len(search.front)} plans; {latency.remainder_ns / latency.network.median_ns:.1%} of the latency in no entry.",
             tabulate(
                 [row for _, row in budgets],

@@ -38,6 +38,7 @@ from torch import nn
 
 from fxmerge.core.table import Measurement, Target
 from fxmerge.errors import InputError, MeasurementError
+from fxmerge.measure.contention import contention_told
 from fxmerge.measure.paging import watched
 from fxmerge.measure.progress import Progress
 from fxmerge.measure.running import DTYPES, Inputs, Run, alone_on, copies, laid_out, prepare, running_on, versions
@@ -141,13 +142,8 @@ class InterleavedTimer:
             for index, timed in enumerate(modules):
                 subjects.append(bench.subject(index, timed))
                 tell(index + 1, total)
-            for number in range(self.rounds):
-                due = [s for s in subjects if number * s.rounds % self.rounds < s.rounds]
-                bench.round([s for s in due if s.wants(number * s.rounds // self.rounds)], number)
-                tell(len(modules) * (2 + number), total)
-            for number in range(self.rounds):
-                unsteady = [s for s in subjects if s.spread > self.steady_spread * s.median]
-                bench.round([s for s in unsteady if number < s.rounds and s.wants(s.rounds + number)], number)
+            with contention_told("1 module was" if len(modules) == 1 else f"{len(modules)} modules were"):
+                bench.rounds(subjects, lambda done: tell(len(modules) * (1 + done), total))
             facts = versions(target)
         return tuple(summary(s.samples, target, facts) for s in subjects)
 
@@ -243,6 +239,17 @@ class _Bench:
         subject.turns, subject.burst = (1, runs) if self.on_gpu else (runs, 1)
         affordable = self.timer.max_seconds_per_module * 1e9 / (ns * runs)
         subject.rounds = self.timer.rounds if thorough else int(min(self.timer.rounds, max(3, affordable)))
+
+    def rounds(self, subjects: Sequence[_Subject], done: Callable[[int], None]) -> None:
+        """All samples; then more, of those whose spread is too large."""
+        count = self.timer.rounds
+        for number in range(count):
+            due = [s for s in subjects if number * s.rounds % count < s.rounds]
+            self.round([s for s in due if s.wants(number * s.rounds // count)], number)
+            done(number + 1)
+        for number in range(count):
+            unsteady = [s for s in subjects if s.spread > self.timer.steady_spread * s.median]
+            self.round([s for s in unsteady if number < s.rounds and s.wants(s.rounds + number)], number)
 
     def round(self, subjects: Sequence[_Subject], number: int) -> None:
         """One more sample of each; odd rounds go backwards, and each pair of rounds starts one module further on."""
