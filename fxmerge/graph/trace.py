@@ -131,6 +131,7 @@ def _finished(graph: GraphModule, name: str, expected: Any, arguments: Sequence[
     graph.eval()
     for part in (graph, *bodies(graph)):
         _note_sources(part)
+        _drop_unread_types(part)
     propagate_shapes(graph, arguments, keywords)
     normalise(graph)
     found = propagate_shapes(graph, arguments, keywords)
@@ -138,6 +139,13 @@ def _finished(graph: GraphModule, name: str, expected: Any, arguments: Sequence[
     _check_same(expected, found)
     set_front_end(graph, name)
     return graph
+
+
+def _drop_unread_types(graph: GraphModule) -> None:
+    """Annotations that are text (``from __future__ import annotations``): a graph that has them cannot be pickled by torch 2.11."""
+    for node in graph.graph.nodes:
+        if isinstance(node.type, str):
+            node.type = None
 
 
 def as_arguments(inputs: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -299,3 +300,16 @@ def test_a_norm_left_in_train_mode_inside_a_model_in_eval_mode_is_read_in_eval_m
     assert torch.equal(model[1].running_mean, before)
     twin = nn.Sequential(*model).eval()
     assert relative_error(twin(IMAGE), graph(IMAGE)) < 1e-6
+
+
+class Annotated(nn.Module):
+    """Its annotations are text, for this file imports them from the future."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+def test_a_graph_of_a_model_whose_annotations_are_text_goes_through_pickle() -> None:
+    graph = trace(Annotated(), IMAGE)
+    assert not any(isinstance(node.type, str) for node in graph.graph.nodes)  # torch 2.11 cannot
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(IMAGE), graph(IMAGE))
