@@ -27,6 +27,7 @@ TINY = [
     *("--widths", "8", "16", "--layers", "1", "--train-steps", "4", "--train-batch", "4", "--classifier-steps", "2"),
     *("--tune-steps", "2", "--speedups", "1.1", "50", "--batch", "2", "--sampling-steps", "2", "--rounds", "2", "--samples", "70"),
     *("--frechet-steps", "2", "--calibration", "16", "--score-images", "8", "--trials", "1", "--spaces", "joint", "layers"),
+    *("--max-kernel", "3"),
 ]
 
 
@@ -131,9 +132,9 @@ def test_the_configuration_is_timed_beside_the_published_plan(
             "--max-kernel",
             str(max_kernel),
             "--images",
-            "8",
-            "--score-images",
             "4",
+            "--score-images",
+            "2",
             "--speedups",
             "1.1",
         ),
