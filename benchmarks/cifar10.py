@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -181,6 +182,7 @@ def _title(contest: Contest) -> str:
         for name, action in given.items()
         if name not in ("help", "tables", "out", "rows") and getattr(options, name) != action.default
     ]
+    changed += [f"--rows {' '.join(f'{method}@{asked:g}' for method, asked in options.rows)}"] if options.rows else []
     command = " ".join(["python -m benchmarks.cifar10", *changed, *(["--tables DIR"] if options.tables else [])])
     where = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads, batch "
@@ -195,7 +197,7 @@ def _title(contest: Contest) -> str:
 
 
 def _plain(value: Any) -> str:
-    return "" if value is True else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "" if value is True else shlex.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _costs(contest: Contest) -> str:

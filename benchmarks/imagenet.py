@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import fxmerge
+from fxmerge.core.files import write_json
 from fxmerge.data import IMAGENET
 from fxmerge.measure.progress import Bars
+from fxmerge.search import TRIALS
 from fxmerge.tune import Distillation, Recipe, calibrate_norms, fine_tune, top1
 
 
@@ -75,6 +78,9 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "mobilenet_v2": Protocol(180, 256, 0.05, 0, 0.9, 1e-5, 0.0),
 }
 
+#: How long other processes wait for the first, which compresses.
+_PATIENCE = timedelta(days=7)
+
 #: What measures the two tables; None for the clock, and for what the method says.
 TIMER: fxmerge.Timer | None = None
 SCORER: fxmerge.Scorer | None = None
@@ -102,14 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 def run(options: argparse.Namespace) -> str:
     """One row; the report, or nothing on processes other than the first."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     row, options.out = ROWS[options.row], options.out.resolve()
     data = Data(options)
     model = network(row.network, options.weights)
     start = options.out / "start"
-    if accelerator.is_main_process and not (start / "student.safetensors").exists():
+    if accelerator.is_main_process and not _made(options):
         compressed(model, row, data, options, accelerator.device)
     accelerator.wait_for_everyone()
     loaded = fxmerge.load(start, model)
@@ -186,13 +192,35 @@ def compressed(model: nn.Module, row: Row, data: Data, options: argparse.Namespa
         scorer=SCORER or (scorer(data, options, device) if published else None),
         timer=TIMER,
         store=options.out / "tables.db",
+        trials=0 if published else TRIALS,
         progress=True,
     )
-    student = result.student if published else result.student_with_norms()
-    if not published:
-        calibrate_norms(student, [(part,) for part in images.split(64)])
     result.save(options.out / "compressed")
+    if published:  # layer by layer, nothing fitted
+        student = fxmerge.linearize(fxmerge.annotate(result.findings.graph, result.plan))
+    else:
+        student = result.student_with_norms()
+        calibrate_norms(student, [(part,) for part in images.split(64)])
     fxmerge.save_student(student, result.plan, example(options, 2), options.out / "start", report=result.report())
+    write_json(options.out / "start.json", _settings(options))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    """What decides the start."""
+    names = ("row", "method", "weights", "calibration", "scorer_steps", "latency_batch", "size")
+    return {name: str(getattr(options, name)) for name in names}
+
+
+def _made(options: argparse.Namespace) -> bool:
+    """Whether the start is there; SystemExit where it is one of other settings."""
+    file = options.out / "start.json"
+    if not file.exists():
+        return False
+    was, now = json.loads(file.read_text(encoding="utf-8")), _settings(options)
+    other = [f"--{name.replace('_', '-')} {was.get(name)}" for name in now if was.get(name) != now[name]]
+    if other:
+        raise SystemExit(f"{options.out} holds what was made with {', '.join(other)}; give another --out")
+    return True
 
 
 def scorer(data: Data, options: argparse.Namespace, device: torch.device) -> fxmerge.FineTuning:

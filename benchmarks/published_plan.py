@@ -142,7 +142,7 @@ def calibration(options: argparse.Namespace) -> Tensor:
 def timings(networks: dict[str, nn.Module], example: Tensor, target: fxmerge.Target, backend: str) -> list[tuple[object, ...]]:
     """A row for each network, all timed in turn; speed-ups against the first and the second."""
     there = fxmerge.Target(target.device, target.dtype, target.channels_last, backend)
-    measured = fxmerge.compare([fxmerge.Timed(module, (example,)) for module in networks.values()], target=there)
+    measured = (TIMER or fxmerge.compare)([fxmerge.Timed(module, (example,)) for module in networks.values()], target=there)
     as_is, folded = measured[0].median_ns, measured[1].median_ns
     return [
         (

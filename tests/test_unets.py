@@ -19,8 +19,9 @@ from fxmerge.passes.linearize import Linearize
 from tests.laws import random_plan, relative_error
 from tests.unets import MODELS, searched
 
-#: Of all models (a side must divide by what the network makes smaller); the decoder and the encoder take odd ones, too.
+#: Of all models: a side must divide by what a U-Net makes smaller. The decoder and the encoder take odd ones, too.
 SIZES = ((8, 8), (6, 10), (12, 4))
+ODD = {"encoder": ((9, 7), (13, 6)), "decoder": ((5, 7), (3, 9))}
 
 
 def only(outputs: Any) -> torch.Tensor:
@@ -42,10 +43,16 @@ def test_every_convolution_and_norm_is_in_a_segment(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_law_holds_for_random_plans(name: str) -> None:
     _, findings, proposals = searched(name)
-    inputs = MODELS[name][1]
+    inputs, sizes = MODELS[name][1], (*SIZES, *ODD.get(name, ()))
 
     @settings(max_examples=8)
-    @given(st.randoms(use_true_random=False), st.sampled_from(SIZES), st.integers(0, 99), st.booleans(), st.booleans())
+    @given(
+        st.randoms(use_true_random=False),
+        st.sampled_from(sizes),
+        st.integers(0, 99),
+        st.booleans(),
+        st.booleans(),
+    )
     def law(rng: random.Random, size: tuple[int, int], seed: int, norms: bool, hard: bool) -> None:
         """Composed candidates alone make it hard: what is fitted is one convolution from the start."""
         offered = [p for p in proposals if any(c.kind == "composed" for c in p.candidates)] if hard else proposals

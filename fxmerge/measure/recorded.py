@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxmerge.core.options import require_whole
 from fxmerge.errors import InputError
@@ -21,8 +22,8 @@ def recorded_inputs(model: nn.Module, run: Callable[[], Any], *, most: int | Non
         most: how many calls to keep, from 1 on, spread evenly over all; None for all.
 
     Returns:
-        For every call a tuple of its arguments that are tensors or numbers, in the order of the model's signature. Tensors are
-        copies.
+        For every call a tuple of its arguments that are tensors or numbers, in the order of the model's signature; of dictionaries
+        and lists, what is in them. Tensors are copies.
 
     Raises:
         InputError: the model was not called, or ``most`` is no such number.
@@ -39,7 +40,7 @@ def recorded_inputs(model: nn.Module, run: Callable[[], Any], *, most: int | Non
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind(*args, **kwargs)
-        every = (*given.args, *given.kwargs.values())
+        every = pytree.tree_leaves((given.args, given.kwargs))  # dictionaries and lists of tensors, too
         values = [v for v in every if isinstance(v, (Tensor, int, float)) and not isinstance(v, bool)]
         calls.append(tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in values))
 

@@ -7,6 +7,7 @@ random numbers of every process, the settings. Nothing is unpickled.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fxmerge.core.files import replacing
 from fxmerge.core.tensors import apart, checksum
 from fxmerge.errors import PlanError, PlanMismatchError
 
-FILE, FORMAT = "training.safetensors", 2
+FILE, FORMAT = "training.safetensors", 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +82,26 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, Any] = {}
     tensors = {f"{kind}/{name}": tensor for kind, state in networks.items() for name, tensor in state.items()}
-    for index, values in optimiser.state_dict()["state"].items():
+    saved = optimiser.state_dict()
+    for index, values in saved["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"optimiser/{index}/{key}"] = value
             else:
                 numbers[f"{index}/{key}"] = value
-    notes = {"format": FORMAT, "position": asdict(position), "optimiser": numbers, **about}
+    groups = [{name: value for name, value in group.items() if _is_number(value)} for group in saved["param_groups"]]
+    notes = {"format": FORMAT, "position": asdict(position), "optimiser": numbers, "groups": groups, **about}
     copies = {name: apart(tensor) for name, tensor in tensors.items()}
     text = json.dumps(notes)
     with replacing(folder / FILE) as scratch:
         save_file(copies, scratch, metadata={"about": text, "sha256": checksum(text, copies)})
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, or several, such as JSON gives back."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_number, value))
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,13 @@ class Checkpoint:
             index, key = name.split("/")
             state.setdefault(int(index), {})[key] = value
         groups = optimiser.state_dict()["param_groups"]
+        if len(groups) != len(self.about["groups"]):
+            raise PlanMismatchError(
+                f"{self.path} was written with an optimiser of {len(self.about['groups'])} groups of parameters, now it has "
+                f"{len(groups)}; give another folder, or remove it to start anew"
+            )
+        for group, saved in zip(groups, self.about["groups"], strict=True):  # some optimisers keep what they learn there
+            group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         strange = state.keys() - {index for group in groups for index in group["params"]}
         if strange:
             raise PlanMismatchError(
@@ -167,7 +184,7 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | N
             )
         if notes.get("sha256") != checksum(notes["about"], tensors):
             raise ValueError("it has not the checksum that it was written with")
-        missing = {"optimiser", "random", "scaler"} - about.keys()
+        missing = {"groups", "optimiser", "random", "scaler"} - about.keys()
         if missing:
             raise ValueError(f"it does not say {min(missing)}")
         where = dict(about["position"])

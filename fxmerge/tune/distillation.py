@@ -55,9 +55,9 @@ class Distillation:
         require_number("features", self.features, "a finite number from 0 on", lambda value: 0 <= value < math.inf)
 
     def outputs(self, found: Any, wanted: Any) -> Tensor:
-        """How far the student's outputs are from the teacher's; a scalar."""
+        """How far the student's outputs are from the teacher's; a scalar. InputError where ``match`` gives no such thing."""
         if self.match is not None:
-            return self.match(found, wanted)
+            return require_mean(self.match(found, wanted), "match")
         if isinstance(wanted, Tensor) and wanted.dim() == 2 and wanted.shape[1] > 1:
             student, teacher = (F.log_softmax(_wide(logits) / self.temperature, 1) for logits in (found, wanted))
             return self.temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")

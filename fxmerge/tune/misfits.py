@@ -74,12 +74,12 @@ def _wrong_labels(outputs: Any, labels: Any) -> str:
     return ""
 
 
-def require_mean(loss: Any) -> Tensor:
-    """The loss, if it is one number that has a gradient to give.
+def require_mean(loss: Any, what: str = "loss") -> Tensor:
+    """What a loss gave, if it is one number that has a gradient to give.
 
     Raises:
         InputError: it is something else.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise InputError(f"loss must give one number, a mean over the batch; found {shapes(loss)}")
+        raise InputError(f"{what} must give one number, a mean over the batch; found {shapes(loss)}")
     return loss

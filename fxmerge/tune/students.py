@@ -36,7 +36,7 @@ def already_merged(
         what the student of the plan given does.
     """
     table = operators or default_operators()
-    student = linearize(annotate(graph, plan), operators=table).eval()
+    student = linearize(annotate(graph, plan), weights=weights or {}, operators=table).eval()
     verdicts = table.verdicts(student)
     made: dict[Candidate, Candidate] = {}
     known = dict(weights or {})

@@ -216,8 +216,20 @@ class _Run:
         if self.position.batch < self.steps:
             raise InputError(f"epoch {epoch + 1} gave {self.position.batch} batches, the first was counted at {self.steps}")
         self.position = replace(self.position, epoch=epoch + 1, batch=0)
+        self._agree()
         self._judge(float(self.accelerator.reduce(losses, reduction="mean")) / max(1, count))
         self._write()
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Statistics that every process took of its own batches in the last step become those of the first, in averages, too."""
+        if self.accelerator.num_processes == 1:
+            return
+        from accelerate.utils import broadcast
+
+        for network in {self.student, self.judged}:
+            for buffer in network.buffers():
+                buffer.copy_(broadcast(buffer))
 
     def _step(self, inputs: tuple[Any, ...], labels: Any) -> Tensor:
         pace = self.recipe.pace(self.position.step, self.total)

@@ -57,7 +57,13 @@ def test_a_row_is_compressed_trained_and_reported(method: str, data: Path, tmp_p
     model = imagenet.network("mobilenet_v2", weights)
     before, after = (fxmerge.load(out / name, model).student for name in ("start", "trained"))
     assert before.state_dict().keys() == after.state_dict().keys()
+    made = list(before.state_dict())
+    if method == "layermerge":  # nothing is fitted: what stays is as it was
+        original = model.state_dict()
+        assert all(torch.equal(original[name], before.state_dict()[name]) for name in made if name in original)
     assert imagenet.main(command) == report  # it goes on where it was: nothing is left to do
+    with pytest.raises(SystemExit, match=f"out holds what was made with --method {method}; give another --out"):
+        imagenet.main([*command, "--method", "fxmerge" if method == "layermerge" else "layermerge"])
 
 
 def test_every_published_row_has_a_protocol() -> None:

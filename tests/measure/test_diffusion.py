@@ -226,6 +226,15 @@ class TestRecordedInputs:
         [(x, add)] = recorded_inputs(layer, lambda: layer(torch.ones(3, 2), add=2.0))
         assert (x.shape, add) == ((3, 2), 2.0)
 
+    def test_tensors_in_dictionaries_and_lists_are_recorded_too(self) -> None:
+        class Conditioned(nn.Module):
+            def forward(self, x: Tensor, more: dict[str, Tensor], *, levels: list[Tensor]) -> Tensor:
+                return x + more["time"] + levels[0]
+
+        layer = Conditioned()
+        [found] = recorded_inputs(layer, lambda: layer(torch.zeros(2), {"time": torch.ones(2)}, levels=[torch.full((2,), 2.0)]))
+        assert [x.tolist() for x in found] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+
     def test_a_call_without_a_tensor_or_a_number_is_told(self) -> None:
         class Named(nn.Module):
             def forward(self, name: str) -> Tensor:

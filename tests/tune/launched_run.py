@@ -22,16 +22,18 @@ def main(folder: Path, kind: str) -> None:
     accelerator = Accelerator(cpu=True)
     student, batch = made().with_norms, 16 // accelerator.num_processes
     calibrate_norms(student, [(images(64),)])
+    if accelerator.is_main_process:
+        save_file({name: tensor.clone() for name, tensor in held(student).items()}, folder / "given.safetensors")
     labelled = TensorDataset(images(48), torch.arange(48) % 5)
     loader = DataLoader(labelled, batch, shuffle=True)
     listed = [(images(48)[i : i + batch], torch.arange(48)[i : i + batch] % 5) for i in range(0, 48, batch)]
     told: list[Epoch] = []
     trained = fine_tune(
         student,
-        loader if kind == "loader" else listed,
+        listed if kind == "list" else loader,
         teacher=made().graph,
         recipe=Recipe(epochs=2),
-        validation=DataLoader(labelled, 7) if kind == "loader" else listed,
+        validation={"loader": DataLoader(labelled, 7), "list": listed, "no validation": None}[kind],
         checkpoints=folder / "checkpoints",
         accelerator=accelerator,
         report=told.append,

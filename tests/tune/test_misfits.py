@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxmerge
-from fxmerge.tune import Recipe, fine_tune
+from fxmerge.tune import Distillation, Recipe, fine_tune
 from tests.small import images
 from tests.tune.small import made
 
@@ -130,3 +130,9 @@ def test_the_cause_is_kept() -> None:
     with pytest.raises(fxmerge.InputError, match="cannot take") as caught:
         train((torch.zeros(8, 1, 12, 12), GOOD[1]))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(("match", "found"), [(lambda a, b: (a - b) ** 2, r"8x5 float32"), (lambda a, b: None, "None")])
+def test_a_match_of_outputs_that_gives_no_mean(match: Any, found: str) -> None:
+    with pytest.raises(fxmerge.InputError, match=f"match must give one number, a mean over the batch; found .*{found}"):
+        train(GOOD, teacher=made().graph, distillation=Distillation(match=match))

@@ -10,6 +10,7 @@ import fxmerge
 from fxmerge.testing import assert_equivalent
 from fxmerge.tune import Recipe, already_merged, calibrate_norms, fine_tune
 from tests.small import images
+from tests.test_norms import blocks, inputs, offered
 from tests.tune.small import made
 
 
@@ -36,6 +37,24 @@ def test_weights_that_were_fitted_are_kept() -> None:
     assert plan.merges[0] == fitted
     assert known[fitted.id] is weights[fitted.id]
     assert set(known) == {merge.id for merge in plan.merges} | set(weights)
+
+
+def test_what_stands_for_norms_is_multiplied_in() -> None:
+    graph = blocks("group").graph
+    merge = next(c for c in offered("group") if c.kind == "composed" and c.norms and not c.moved and not takes_from_outside(c))
+    plan = fxmerge.Plan(blocks("group").fingerprint, (merge,))
+    weights = fxmerge.fit(blocks("group"), plan, [inputs(32)])
+    assert any(name != merge.id for name in weights)
+    one, known = already_merged(graph, plan, weights=weights)
+    assert [made.kind for made in one.merges] == ["fitted"]
+    many = fxmerge.linearize(fxmerge.annotate(graph, plan), weights=weights)
+    assert_equivalent(many, fxmerge.linearize(fxmerge.annotate(graph, one), weights=known), [inputs(3, seed=1)])
+
+
+def takes_from_outside(candidate: fxmerge.Candidate) -> bool:
+    """Whether its segment takes a tensor from outside."""
+    [sides] = [p.segment.expression.sides for p in fxmerge.propose(blocks("group")) if candidate in p.candidates]
+    return bool(sides)
 
 
 def test_trained_it_obeys_the_law() -> None:

@@ -242,7 +242,7 @@ def test_every_damage_of_a_checkpoint_is_told(tmp_path: Path) -> None:
     train()
     path = tmp_path / "training.safetensors"
     whole = path.read_bytes()
-    for key in ("optimiser", "random", "scaler", "position", "settings", "format"):
+    for key in ("groups", "optimiser", "random", "scaler", "position", "settings", "format"):
         rewritten(path, lambda about, tensors, key=key: about.pop(key), honest=True)  # type: ignore[misc]
         with pytest.raises(fxmerge.PlanError, match=f"is damaged, or no checkpoint of fxmerge: .*{key}.*. Remove it to start anew"):
             train()
@@ -253,7 +253,7 @@ def test_every_damage_of_a_checkpoint_is_told(tmp_path: Path) -> None:
             train()
         path.write_bytes(whole)
     rewritten(path, lambda about, tensors: about.update(format=1), honest=True)
-    with pytest.raises(fxmerge.PlanError, match="is of format 1, this version reads 2"):
+    with pytest.raises(fxmerge.PlanError, match="is of format 1, this version reads 3"):
         train()
     path.write_bytes(whole)
     train()
@@ -267,6 +267,29 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
     train(torch.optim.Adam)
     with pytest.raises(fxmerge.PlanMismatchError, match="was written with optimiser_class = Adam, now it is SGD"):
         train(torch.optim.SGD)
+
+
+class Learning(torch.optim.SGD):
+    """Keeps what it learns among the numbers of its groups, as some do that need no learning rate."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["weight_decay"] = group["weight_decay"] * 1.5 + 1e-3
+        return super().step(closure)
+
+
+def test_numbers_that_an_optimiser_changes_are_kept(tmp_path: Path) -> None:
+    def train(folder: Path | None, progress: Callable[[int, int], None] | None = None) -> nn.Module:
+        recipe = Recipe(epochs=1, optimiser=lambda parameters: Learning(parameters, lr=0.01), checkpoint_steps=2)
+        return fine_tune(made().fitted, batches, recipe=recipe, checkpoints=folder, progress=progress)
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stop)
+    assert_untouched(train(tmp_path), snapshot(train(None)))
 
 
 def test_a_run_that_is_finished_gives_its_result_again(tmp_path: Path) -> None:
