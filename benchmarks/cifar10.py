@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="also write the report to this file")
     what = made.add_argument_group("which rows")
     what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    what.add_argument("--speedups", type=float, nargs="+", default=[1.2, 1.3, 1.6, 2.0])
+    what.add_argument("--speedups", type=float, nargs="+", default=[1.2, 1.3, 1.35, 1.5, 1.6, 2.0])
     what.add_argument("--rows", nargs="+", type=_row, metavar="METHOD@SPEEDUP", help="instead of all methods at all speed-ups")
     what.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     what.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
