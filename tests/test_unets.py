@@ -77,3 +77,25 @@ def test_candidates_have_names_of_their_own() -> None:
     for name in MODELS:
         names = [c.id for p in searched(name)[2] for c in p.candidates]
         assert len(names) == len(set(names))
+
+
+BEYOND_A_BLOCK = {
+    "upsampling and the convolution behind it": ("unet", ("up_blocks_0_upsamplers_0_interpolate", "up_blocks_0_upsamplers_0_conv")),
+    "the output convolution": ("unet", ("conv_out",)),
+    "a strided convolution": ("unet", ("down_blocks_0_downsamplers_0_conv",)),
+    "a shortcut of 1x1 with its branch": ("unet", ("up_blocks_0_resnets_0_conv_shortcut", "up_blocks_0_resnets_0_conv2")),
+    "blocks in a row": ("decoder", ("up_blocks_0_resnets_0_conv2", "up_blocks_0_resnets_1_conv1")),
+    "the pool of a block that makes the image smaller": (
+        "average pools",
+        ("down_blocks_0_downsamplers_0_downsample_conv_1", "down_blocks_0_downsamplers_0_conv2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND_A_BLOCK)
+def test_candidates_go_beyond_single_convolutions(case: str) -> None:
+    model, together = BEYOND_A_BLOCK[case]
+    _, _, proposals = searched(model)
+    offered = [p for p in proposals if set(together) <= set(p.segment.nodes)]
+    kinds = {candidate.kind for proposal in offered for candidate in proposal.candidates}
+    assert "fitted" in kinds or "composed" in kinds

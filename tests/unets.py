@@ -84,7 +84,7 @@ MODELS: dict[str, Any] = {
         lambda n, size, seed: (noise(n, 3, *size, seed=seed), times(n, seed), times(n, seed) % 10),
     ),
     "average pools": (
-        lambda: unet(downsample_type="resnet", upsample_type="resnet"),
+        lambda: unet(downsample_type="resnet", upsample_type="resnet", down_block_types=("AttnDownBlock2D", "DownBlock2D")),
         lambda n, size, seed: (noise(n, 3, *size, seed=seed), times(n, seed)),
     ),
     "conditional": (
