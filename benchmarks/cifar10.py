@@ -178,7 +178,7 @@ def _title(contest: Contest) -> str:
     options = contest.options
     given = {action.dest: action for action in parser()._actions if action.option_strings}
     changed = [
-        f"{action.option_strings[0]} {_plain(getattr(options, name))}"
+        f"{action.option_strings[0]} {_plain(getattr(options, name))}".strip()
         for name, action in given.items()
         if name not in ("help", "tables", "out", "rows") and getattr(options, name) != action.default
     ]
