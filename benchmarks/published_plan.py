@@ -124,12 +124,26 @@ def run(options: argparse.Namespace) -> str:
 
 
 def network(weights: Path | None) -> nn.Module:
-    """torchvision's MobileNetV2-1.0, with weights from a file or random ones."""
+    """torchvision's MobileNetV2-1.0, with weights from a file or random ones, whose norms know what goes through them."""
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.mobilenet_v2(weights=None)
     if weights is not None:
         model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        awaken(model, torch.randn(32, 3, 96, 96))
     return model.eval()
+
+
+@torch.no_grad()
+def awaken(model: nn.Module, images: Tensor) -> None:
+    """Statistics of these images for the norms, and logits of size 1: as initialised, signals fade to nothing, and so do losses."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # all that came, in equal parts
+    model.train()(images)
+    logits = model.eval()(images)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.weight.div_(logits.std())
 
 
 def calibration(options: argparse.Namespace) -> Tensor:
@@ -158,7 +172,7 @@ def timings(networks: dict[str, nn.Module], example: Tensor, target: fxmerge.Tar
 
 
 def _title(options: argparse.Namespace) -> str:
-    weights = "given weights" if options.weights else "random weights"
+    weights = "given weights" if options.weights else "random weights, norms with the statistics of noise"
     images = "images" if options.images else "noise"
     layout = "channels-last" if options.channels_last else "contiguous"
     return (
