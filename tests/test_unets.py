@@ -46,13 +46,7 @@ def test_the_law_holds_for_random_plans(name: str) -> None:
     inputs, sizes = MODELS[name][1], (*SIZES, *ODD.get(name, ()))
 
     @settings(max_examples=8)
-    @given(
-        st.randoms(use_true_random=False),
-        st.sampled_from(sizes),
-        st.integers(0, 99),
-        st.booleans(),
-        st.booleans(),
-    )
+    @given(st.randoms(use_true_random=False), st.sampled_from(sizes), st.integers(0, 99), st.booleans(), st.booleans())
     def law(rng: random.Random, size: tuple[int, int], seed: int, norms: bool, hard: bool) -> None:
         """Composed candidates alone make it hard: what is fitted is one convolution from the start."""
         offered = [p for p in proposals if any(c.kind == "composed" for c in p.candidates)] if hard else proposals

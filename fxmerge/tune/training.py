@@ -227,7 +227,7 @@ class _Run:
             return
         from accelerate.utils import broadcast
 
-        for network in {self.student, self.judged}:
+        for network in dict.fromkeys((self.student, self.judged)):  # in one order everywhere, for each waits for its like
             for buffer in network.buffers():
                 buffer.copy_(broadcast(buffer))
 
