@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 
 import fxmerge
 from benchmarks.batches import Augmented, moved
-from benchmarks.kept import Kept
+from benchmarks.kept import Kept, otherwise
 from benchmarks.networks import accuracy, made, normalised, pixels, pretrained
 from benchmarks.pretraining import trained_here
 from benchmarks.rivals import Near, TooSlow, nearest, pruned, with_statistics
@@ -132,11 +132,8 @@ class Contest:
             "calibration images": data_digest([self.calibration]),
             "batch of the latency table": self.options.latency_batch,
         }
-        if file.exists():
-            was = json.loads(file.read_text(encoding="utf-8"))
-            other = [name for name in now if was.get(name) != now[name]]
-            if other:
-                raise SystemExit(f"{self.folder} holds what was found with other {', '.join(other)}; give another --tables")
+        if other := otherwise(file, now):
+            raise SystemExit(f"{self.folder} holds what was found with other {', '.join(other)}; give another --tables")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
 

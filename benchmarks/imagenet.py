@@ -34,6 +34,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import fxmerge
+from benchmarks.kept import otherwise
 from fxmerge.core.files import write_json
 from fxmerge.data import IMAGENET
 from fxmerge.measure.progress import Bars
@@ -214,13 +215,10 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
 def _made(options: argparse.Namespace) -> bool:
     """Whether the start is there; SystemExit where it is one of other settings."""
     file = options.out / "start.json"
-    if not file.exists():
-        return False
-    was, now = json.loads(file.read_text(encoding="utf-8")), _settings(options)
-    other = [f"--{name.replace('_', '-')} {was.get(name)}" for name in now if was.get(name) != now[name]]
+    other = [f"--{name.replace('_', '-')} {was}" for name, was in otherwise(file, _settings(options)).items()]
     if other:
         raise SystemExit(f"{options.out} holds what was made with {', '.join(other)}; give another --out")
-    return True
+    return file.exists()
 
 
 def scorer(data: Data, options: argparse.Namespace, device: torch.device) -> fxmerge.FineTuning:

@@ -38,3 +38,11 @@ def _read(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def otherwise(file: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of settings, a JSON object, says otherwise than they are now; nothing where there is no such file."""
+    if not file.exists():
+        return {}
+    was = json.loads(file.read_text(encoding="utf-8"))
+    return {name: was.get(name) for name in now if was.get(name) != now[name]}
