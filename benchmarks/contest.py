@@ -36,6 +36,7 @@ from fxmerge.measure.digests import data_digest, network_digest
 from fxmerge.measure.divergence import divergence
 from fxmerge.search import Search, build_networks
 from fxmerge.survey import Survey
+from fxmerge.trials import best_near
 from fxmerge.tune import Distillation, Recipe, already_merged, calibrate_norms, calibration_tune, fine_tune
 
 #: What measures; None for the clock, and for what the method says.
@@ -259,7 +260,7 @@ class Contest:
         weights: Mapping[str, Any] = {}
         if method.fitted:
             with timed(self.costs, "fit (several plans a start)"):
-                plan, measured, weights = search.best_near(found, Budget(1 / asked), fxmerge.Reconstruction(), _silent)
+                plan, measured, weights = best_near(search, found, Budget(1 / asked), fxmerge.Reconstruction(), _silent)
         student, merged = build_networks(self.findings, plan, weights)
         fxmerge.save_student(student, plan, self.example, folder / "closed form")
         one, its = already_merged(self.graph, plan, weights=weights)

@@ -38,7 +38,7 @@ from benchmarks.kept import otherwise
 from fxmerge.core.files import write_json
 from fxmerge.data import IMAGENET
 from fxmerge.measure.progress import Bars
-from fxmerge.search import TRIALS
+from fxmerge.trials import TRIALS
 from fxmerge.tune import Distillation, Recipe, calibrate_norms, fine_tune, top1
 
 

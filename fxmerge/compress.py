@@ -25,10 +25,11 @@ from fxmerge.measure.store import Store, opened
 from fxmerge.measure.timer import Timer
 from fxmerge.operators import Operators
 from fxmerge.result import Result
-from fxmerge.search import TRIALS, Search, build_networks
+from fxmerge.search import Search, build_networks
 from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey, own_random_numbers, survey
 from fxmerge.testing import assert_equivalent
+from fxmerge.trials import TRIALS, best_near
 
 
 def compress(
@@ -118,7 +119,7 @@ def compress(
                 plan, measured = search.best_exact()
             else:
                 tried = search.within(budget, corrections, bars("budget"))
-                plan, measured, weights = search.best_near(tried, budget, fitter_of(scorer), bars("fit"), trials)
+                plan, measured, weights = best_near(search, tried, budget, fitter_of(scorer), bars("fit"), trials)
             return build(found, search.front, plan, weights, measured)
 
 

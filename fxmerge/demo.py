@@ -19,7 +19,7 @@ from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.result import Result
 from fxmerge.saved import save_student
-from fxmerge.search import TRIALS
+from fxmerge.trials import TRIALS
 from fxmerge.tune import Recipe, calibrate_norms, fine_tune
 
 #: Images of the test split; the other 1,347 are for training, and the first 512 of them, without labels, for calibration.

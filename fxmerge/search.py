@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
-import numpy as np
 from torch.fx import GraphModule
 
 from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
 from fxmerge.budget import Budget
 from fxmerge.core.plan import ParetoFront, Plan
-from fxmerge.core.segment import Candidate
-from fxmerge.core.table import ImportanceTable, Measurement
+from fxmerge.core.table import Measurement
 from fxmerge.errors import BudgetError
 from fxmerge.measure.latency import baseline
 from fxmerge.measure.progress import Progress
-from fxmerge.measure.reconstruction import Reconstruction
 from fxmerge.measure.study import Trial
 from fxmerge.measure.timer import Timed, Timer, compare
 from fxmerge.passes.annotate import annotate
 from fxmerge.passes.fuse_segments import fuse
 from fxmerge.passes.linearize import linearize
-from fxmerge.solve.belief import Belief
-from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.objective import Objective
-from fxmerge.solve.space import restrict
 from fxmerge.survey import Survey
 
 log = logging.getLogger(__name__)
-
-#: Plans fitted on few images before one is chosen, and how many of the best are then fitted on all.
-TRIALS, _FINALS = 16, 3
-#: Tables drawn, at most, until one asks for a plan that was not tried; points of their fronts.
-_DRAWS, _POINTS = 16, 1024
 
 
 def build_networks(findings: Findings, plan: Plan, weights: Mapping[str, Affine]) -> tuple[GraphModule, GraphModule]:
@@ -131,98 +119,6 @@ class Search:
         if kept is None:
             kept = self._fastest(budget)
         return kept
-
-    def best_near(
-        self,
-        found: tuple[Plan, tuple[Measurement, Measurement]],
-        budget: Budget,
-        scorer: Reconstruction,
-        progress: Progress,
-        trials: int = TRIALS,
-    ) -> tuple[Plan, tuple[Measurement, Measurement], dict[str, Affine]]:
-        """Of the plans that should take as long as the one found, or less, the one whose whole merged network is nearest.
-
-        The sum of the candidates' losses sees neither how their errors act together nor what the layers behind make up for. Here
-        plans are fitted whole and judged on images held out: many by few images, the best of those by all. After the one found
-        come the best of smaller spaces, such as layers pruned only; then what was fitted tells which plan to try next
-        (:class:`fxmerge.solve.belief.Belief`). Whichever is taken was measured, and is within the budget.
-
-        Args:
-            found, budget: what :meth:`within` gave, and was given.
-            scorer: what fits.
-            progress: called with (done, total) plans.
-            trials: plans fitted on few images; 0 takes the one found.
-
-        Returns:
-            The plan, the folded original and the merged network as they were timed, and weights as :meth:`Reconstruction.fit`
-            gives them.
-        """
-        plan, measured = found
-        asked = budget.of_ns(measured[0].median_ns)
-        over = max(1, measured[1].median_ns) / max(1, plan.latency_ns or 1)  # what the tables miss, near this plan
-        most = max(self.front.fastest_ns, math.floor(asked * (1 + self.tolerance / 2) / over))
-        tried = self._tried(plan, most, scorer, trials, lambda done: progress(done, trials + _FINALS))
-        findings, batches = self.survey.findings, self.survey.batches
-        scored = []
-        for number, one in enumerate(tried[:_FINALS]):
-            loss = scorer.held_out_loss(findings, one, batches) if len(tried) > 1 else one.loss
-            scored.append((loss, number, one))
-            progress(trials + number + 1, trials + len(tried[:_FINALS]))
-        for loss, _, one in sorted(scored, key=lambda entry: entry[:2]):
-            if len(scored) > 1:
-                log.info("plan of %.3f ms predicted: loss %.4g alone, %.4g together", (one.latency_ns or 0) / 1e6, one.loss, loss)
-            again = measured if one.merges == plan.merges else self.measure(one)
-            asked = budget.of_ns(again[0].median_ns)
-            if one.merges == plan.merges or again[1].median_ns <= asked * (1 + self.tolerance):
-                return one, again, scorer.fit(findings, one, batches)
-        return plan, measured, scorer.fit(findings, plan, batches)
-
-    def _tried(self, plan: Plan, most_ns: int, scorer: Reconstruction, trials: int, progress: Callable[[int], None]) -> list[Plan]:
-        """Plans that take no longer than this, by how near to the original they are, fitted roughly; the nearest first."""
-        if plan.exact or not trials:
-            return [plan]
-        survey = self.survey
-        belief = Belief(survey.candidates, survey.importance)
-        loss_of = scorer.rough(survey.findings, survey.batches)
-        generator = np.random.default_rng(scorer.seed)
-        losses: dict[tuple[Candidate, ...], tuple[float, int, Plan]] = {}
-        first = self._restricted(most_ns)
-        pending: Plan | None = plan
-        while pending is not None and len(losses) < trials:
-            loss = loss_of(pending)
-            log.info("%.3f ms predicted, %d merges: %.4g fitted", (pending.latency_ns or 0) / 1e6, len(pending.merges), loss)
-            belief.observe(pending, loss)
-            losses[pending.merges] = loss, len(losses), pending
-            progress(len(losses))
-            tables = (belief.table(generator if draw else None) for draw in range(len(losses) % 2, _DRAWS))
-            plans = chain(first, (self._picked(survey.candidates, table, most_ns) for table in tables))
-            pending = next((one for one in plans if one.merges and one.merges not in losses), None)
-        return [one for _, _, one in sorted(losses.values(), key=lambda entry: entry[:2])]
-
-    def _restricted(self, most_ns: int) -> Iterator[Plan]:
-        """The best plan of each smaller space that has one: nothing fitted, layers pruned only, activations removed only.
-
-        Losses of single candidates go wrong differently by kind, so that the front of all may miss what one of these has.
-        """
-        survey = self.survey
-        spaces = [[c for c in survey.candidates if c.kind != "fitted"]]
-        spaces += [list(restrict(survey.findings.region, survey.candidates, name)) for name in ("layers", "activations")]
-        for offered in spaces:
-            plan = self._picked(offered, survey.importance, most_ns)
-            if (plan.latency_ns or 0) <= most_ns:
-                yield plan
-
-    def _picked(self, candidates: Sequence[Candidate], table: ImportanceTable, most_ns: int) -> Plan:
-        """The plan that a table of losses asks for; its loss is the one that the measured table gives it."""
-        front = self._front_of(candidates, table)
-        plan = front.plan(front.index(max(most_ns, front.fastest_ns)))
-        priced = self._front_of(plan.merges, self.survey.importance).plan(0)  # each merge is faster than what it replaces
-        return priced if priced.merges == plan.merges else plan
-
-    def _front_of(self, candidates: Sequence[Candidate], table: ImportanceTable) -> ParetoFront:
-        findings = self.survey.findings
-        tables = (findings.region, candidates, self.survey.latency, table, findings.fingerprint)
-        return solve_tables(*tables, objective=self.objective, max_points=_POINTS)
 
     def _index(self, budget_ns: float) -> int:
         try:

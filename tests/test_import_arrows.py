@@ -25,10 +25,11 @@ LEVELS = {
     "measure": 5,
     "tune": 6, "saved": 6, "survey": 6, "interchange": 6,
     "result": 7, "search": 7,
-    "compress": 8,
-    "": 9, "backend": 9, "demo": 9,
-    "cli": 10,
-    "__main__": 11,
+    "trials": 8,
+    "compress": 9,
+    "": 10, "backend": 10, "demo": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 
 #: Room -> what it does without: what is computed apart from what is edited, what must start fast apart from torch.

@@ -45,6 +45,7 @@ from fxmerge.core.segment import narrowed
 from fxmerge.measure.progress import Bars
 from fxmerge.search import Search, build_networks
 from fxmerge.survey import Survey
+from fxmerge.trials import best_near
 
 SPACES = {"all candidates": "joint", "activations only": "activations", "layers only": "layers"}
 
@@ -270,7 +271,7 @@ class Bench:
             original, merged = search.measure(search.front.plan(0))
             return {"fastest": original.median_ns / merged.median_ns}
         progress = self.bars("fit")
-        plan, measured, weights = search.best_near(tried, Budget(1 / speedup), FIT, progress, trials=self.options.trials)
+        plan, measured, weights = best_near(search, tried, Budget(1 / speedup), FIT, progress, trials=self.options.trials)
         student, _ = build_networks(self.findings, plan, weights)
         plan.save(place / "plan.json")
         save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, place / "student.safetensors")

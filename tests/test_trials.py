@@ -1,0 +1,185 @@
+"""Plans are judged by what they lose when they are fitted whole, whatever the tables say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import fxmerge
+from fxmerge.budget import Budget
+from fxmerge.core.table import ImportanceTable
+from fxmerge.measure.timer import Timed
+from fxmerge.search import Search
+from fxmerge.survey import Survey, survey
+from fxmerge.trials import Within, best_near, tried
+from tests.fakes import PriceTimer
+from tests.small import images, network
+
+FITTER = fxmerge.Reconstruction()
+
+
+@pytest.fixture(scope="module")
+def found() -> Survey:
+    return survey(network(), images(4), calibration=images(192), timer=PriceTimer())
+
+
+def misled(found: Survey) -> Survey:
+    """The same with a table in which what loses most is said to lose least."""
+    scores = found.importance.candidates
+    return replace(found, importance=ImportanceTable({name: replace(i, loss=1e-4 / (1e-4 + i.loss)) for name, i in scores.items()}))
+
+
+def taken(found: Survey, trials: int, speedup: float = 1.3) -> tuple[fxmerge.Plan, float, float]:
+    """The plan taken, its measured speed-up, and what it loses on images that no fit saw."""
+    search = Search(found, 0.03, PriceTimer())
+    budget = Budget(1 / speedup)
+    start = search.within(budget, 4, lambda done, total: None)
+    seen: list[tuple[int, int]] = []
+    plan, measured, weights = best_near(
+        search, start, budget, FITTER, lambda done, total: seen.append((done, total)), trials=trials
+    )
+    assert seen[-1][0] == seen[-1][1]
+    assert all(0 < done <= total for done, total in seen)
+    batches = fxmerge.as_batches(images(128, seed=9), found.findings.graph)
+    return plan, measured[0].median_ns / measured[1].median_ns, FITTER.work(found.findings, batches).loss_of(plan, weights)
+
+
+def test_a_table_that_is_wrong_is_found_out_by_fitting(found: Survey) -> None:
+    _, speedup, by_table = taken(misled(found), 0)
+    _, tried_speedup, by_trials = taken(misled(found), 12)
+    assert by_trials < 0.5 * by_table
+    assert min(speedup, tried_speedup) >= 1.3 / 1.03
+
+
+def begun(found: Survey, speedup: float, timer: fxmerge.Timer | None = None) -> tuple[Within, fxmerge.Plan]:
+    """A budget, and the plan that the tables have for it."""
+    search = Search(found, 0.03, timer or PriceTimer())
+    within = Within(search, Budget(1 / speedup))
+    plan = search.front.plan(search.front.index(int(search.front.original_ns / speedup)))
+    within.add(plan, search.measure(plan))
+    return within, plan
+
+
+def fitted_roughly(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[object, ...], tuple[fxmerge.Plan, float]]:
+    """Every plan that is fitted on few images from now on, and what it loses."""
+    seen: dict[tuple[object, ...], tuple[fxmerge.Plan, float]] = {}
+    rough = fxmerge.Reconstruction.rough
+
+    def watched(self: fxmerge.Reconstruction, *data: Any) -> Callable[[fxmerge.Plan], float]:
+        loss_of = rough(self, *data)
+        return lambda plan: seen.setdefault(plan.merges, (plan, loss_of(plan)))[1]
+
+    monkeypatch.setattr(fxmerge.Reconstruction, "rough", watched)
+    return seen
+
+
+def test_every_plan_asked_for_is_within_the_limit_and_has_the_loss_that_the_table_measured_gives_it(
+    found: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within, start = begun(found, 1.3)
+    seen, done = fitted_roughly(monkeypatch), list[int]()
+    finals = tried(within, start, FITTER, 6, done.append)
+    assert done == list(range(1, len(seen) + 1))
+    assert len(seen) > 2
+    for plan, _ in seen.values():
+        assert plan.latency_ns is not None
+        assert plan.latency_ns <= 1.001 * within.most_ns
+        assert plan.loss == pytest.approx(sum(found.importance.loss(merge.id) for merge in plan.merges), abs=1e-8)
+    assert [plan.merges for plan in finals] == sorted(seen, key=lambda merges: seen[merges][1])[:3]
+
+
+def test_the_best_plans_of_smaller_spaces_are_tried_whatever_the_table_says_of_others(
+    found: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within, start = begun(misled(found), 1.1)
+    seen = fitted_roughly(monkeypatch)
+    tried(within, start, FITTER, 4, lambda done: None)
+    search, most = within.search, within.most_ns
+    tables = search.survey.findings.region, search.survey.candidates, search.survey.latency, search.survey.importance
+    fronts = [fxmerge.solve(*tables, search.survey.findings.fingerprint, space=name) for name in ("layers", "activations")]
+    there = [front.plan(front.index(most)).merges for front in fronts if front.fastest_ns <= most]
+    assert there
+    assert set(there) <= set(seen)
+
+
+class Slower(PriceTimer):
+    """Whole networks with few convolutions take longer than the tables say, as if what lies between layers were not in them."""
+
+    def __call__(self, modules: Sequence[Timed], **how: Any) -> tuple[fxmerge.Measurement, ...]:
+        return tuple(
+            replace(m, median_ns=round(m.median_ns * (1 + self.by * (number > 0))))
+            for number, m in enumerate(super().__call__(modules, **how))
+        )
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+
+def test_no_plan_is_taken_that_takes_longer_than_asked_though_the_tables_say_otherwise(found: Survey) -> None:
+    within, start = begun(found, 1.3)
+    finals = tried(within, start, FITTER, 8, lambda done: None)
+    slow = Within(Search(found, 0.03, Slower(0.1)), Budget(1 / 1.3))
+    faster = within.search.front.plan(0)
+    slow.add(faster, slow.search.measure(faster))
+    assert slow.most_ns < 0.95 * within.most_ns
+    for plan in tried(slow, faster, FITTER, 8, lambda done: None):
+        original, merged = slow.times[plan.merges]
+        assert merged.median_ns <= original.median_ns / 1.3 * 1.03
+    assert finals
+
+
+def test_a_plan_that_is_nearest_and_too_slow_is_passed_over(found: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fitted_roughly(monkeypatch)
+    within, start = begun(found, 1.3)
+    first = tried(within, start, FITTER, 8, lambda done: None)[0]
+    other, _ = begun(found, 1.3)
+    met_by = other.met_by
+    monkeypatch.setattr(other, "met_by", lambda plan: plan.merges != first.merges and met_by(plan))
+    finals = tried(other, start, FITTER, 8, lambda done: None)
+    assert first.merges in seen
+    assert first.merges not in [plan.merges for plan in finals]
+    assert finals
+
+
+def test_the_plans_that_lose_least_on_few_images_are_fitted_on_all_and_of_those_the_best_is_taken(
+    found: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roughly = fitted_roughly(monkeypatch)
+    wholly: dict[tuple[object, ...], float] = {}
+    held_out_loss = fxmerge.Reconstruction.held_out_loss
+
+    def fitted_wholly(self: fxmerge.Reconstruction, findings: Any, plan: fxmerge.Plan, batches: Any) -> float:
+        return wholly.setdefault(plan.merges, held_out_loss(self, findings, plan, batches))
+
+    monkeypatch.setattr(fxmerge.Reconstruction, "held_out_loss", fitted_wholly)
+    plan, _, _ = taken(misled(found), 8)
+    assert list(wholly) == sorted(roughly, key=lambda merges: roughly[merges][1])[:3]
+    assert wholly[plan.merges] == min(wholly.values())
+
+
+def test_no_plan_is_fitted_twice_and_the_search_stands_still_where_there_is_no_other(
+    found: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[tuple[str, ...]] = []
+    rough = fxmerge.Reconstruction.rough
+
+    def counted(self: fxmerge.Reconstruction, *args: object) -> object:
+        loss_of = rough(self, *args)  # type: ignore[arg-type]
+        return lambda plan: (fitted.append(tuple(m.id for m in plan.merges)), loss_of(plan))[1]
+
+    monkeypatch.setattr(fxmerge.Reconstruction, "rough", counted)
+    few = replace(found, proposals=found.proposals[:2])
+    taken(few, 40, speedup=1.05)
+    assert len(fitted) == len(set(fitted)) < 40
+
+
+def test_a_plan_without_loss_is_taken_as_it_is(found: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxmerge.Reconstruction, "rough", None)
+    front = Search(found, 0.03, PriceTimer()).front
+    assert front.plan(len(front) - 1).exact
+    plan, _, _ = taken(found, 5, speedup=1.0)
+    assert plan.exact
