@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tabulate import tabulate
+from torch import nn
 from torch.fx import GraphModule
 
 import fxmerge
 from benchmarks.contest import METHODS, Contest, shifted
 from benchmarks.networks import accuracy
+from benchmarks.rivals import with_statistics
 from fxmerge.core.plan import Plan
+from fxmerge.graph.query import module_of
 from fxmerge.search import build_networks
 from fxmerge.tune import calibration_tune
 
@@ -42,6 +45,11 @@ def ablation(contest: Contest) -> str:
     def tuned(student: GraphModule) -> GraphModule:
         return calibration_tune(student, contest.graph, contest.calibration, steps=options.steps, augment=shifted)
 
+    def with_norms(plan: Plan) -> GraphModule:
+        """What stays keeps its weights; its norms get the statistics that the student has."""
+        weights = fxmerge.Reconstruction(stay=False).fit(found.findings, plan, found.batches)
+        return with_statistics(fxmerge.linearize(fxmerge.annotate(contest.graph, plan), weights=weights), contest.calibration)
+
     def add(label: str, plans: Sequence[Plan], scorer: fxmerge.Reconstruction, *, also_tuned: bool = False) -> None:
         students = [build_networks(found.findings, plan, scorer.fit(found.findings, plan, found.batches))[0] for plan in plans]
         rows.append([label, *map(top1, students)])
@@ -50,8 +58,11 @@ def ablation(contest: Contest) -> str:
         for row in rows[-1 - also_tuned :]:
             print(*row, flush=True)  # noqa: T201
 
-    for label, scorer in PARTS.items():
+    classifiers = tuple(node.name for node in contest.graph.graph.nodes if type(module_of(contest.graph, node)) is nn.Linear)
+    parts = {**PARTS, "merges alone, and the last linear layer": fxmerge.Reconstruction(stay=classifiers)}
+    for label, scorer in parts.items():
         add(label, taken, scorer, also_tuned=bool(options.steps) and label in TUNED)
+    rows.append(["merges alone, and the statistics of the norms", *(top1(with_norms(plan)) for plan in taken)])
     alone = [front.plan(front.index(plan.latency_ns or front.original_ns)) for plan in taken]
     add("the plan of least summed loss, as fast by the tables", alone, PARTS[WHOLE])
     behind = [_with_activations(plan, contest.findings) for plan in taken]

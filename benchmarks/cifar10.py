@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--ablation", action="store_true", help="take the closed-form fit apart instead")
     how = made.add_argument_group("how")
     how.add_argument("--images", type=int, default=1024, help="calibration images, unlabelled, from the training split")
+    how.add_argument("--groups", type=int, nargs="+", default=[], help="in which fitted kernels are offered as well; 0: depthwise")
     how.add_argument("--steps", type=int, default=400, help="gradient steps of calibration tuning; 0 leaves it out")
     how.add_argument("--epochs", type=int, default=3)
     how.add_argument("--batch", type=int, default=128, help="images a step of training")

@@ -120,7 +120,7 @@ class Contest:
             self.graph = fxmerge.trace(self.network, self.example)
         with timed(self.costs, "find"):
             self.findings = fxmerge.find_segments(self.graph)
-            self.proposals = fxmerge.propose(self.findings)
+            self.proposals = fxmerge.propose(self.findings, fxmerge.Space(groups=tuple(options.groups)))
         self.original = fxmerge.baseline(self.graph)
         self._check_folder()
         self.kept = Kept(folder / f"{self.name}.rows.jsonl")
@@ -132,6 +132,7 @@ class Contest:
             "weights": network_digest(self.graph),
             "calibration images": data_digest([self.calibration]),
             "batch of the latency table": self.options.latency_batch,
+            "groups": self.options.groups,
         }
         if other := otherwise(file, now):
             raise SystemExit(f"{self.folder} holds what was found with other {', '.join(other)}; give another --tables")
@@ -211,6 +212,8 @@ class Contest:
 
     def offered(self, space: Any) -> tuple[fxmerge.Proposal, ...]:
         """The useful candidates of a space."""
+        if space == "joint":
+            return self.useful
         ids = {c.id for p in fxmerge.propose(self.findings, fxmerge.Space.named(space)) for c in p.candidates}
         return narrowed(self.useful, lambda candidate: candidate.id in ids)
 

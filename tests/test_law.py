@@ -159,7 +159,7 @@ class TestRandomNetworks:
     def test_the_law_and_the_plan_through_json(self, network: Network, rng: random.Random) -> None:
         torch.manual_seed(0)
         inputs = (images(size=(SMALLEST, 18)), images(size=(16, 15), batch=1))
-        found = Case.of(network.build(), images(size=(16, SMALLEST)), inputs, Space(added=True))
+        found = Case.of(network.build(), images(size=(16, SMALLEST)), inputs, Space(added=True, groups=(2, 0)))
         for number in range(3):
             plan = random_plan(found.findings, found.proposals, rng)
             assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -46,6 +46,8 @@ class Space:
         norms: offer to take out norms that depend on their input.
         added: offer every merge of a segment that no activation is behind (a linear bottleneck) also with the last of those that it
             removes put there, as was published. What was negative is lost by that, so it is for students that are trained.
+        groups: offer fitted kernels also with their channels in so many groups, wherever both numbers of channels can be divided
+            so; 0 stands for as many groups as there are channels that enter (depthwise).
         merge: offer to merge several layers; without it, layers are only pruned, one at a time.
         exact: offer only what keeps the function, whatever else is asked for.
         max_kernel: largest kernel offered, in taps on an axis; where the image becomes larger by u, each output reads a u-th.
@@ -53,7 +55,7 @@ class Space:
             the square, and time by the cube, of that.
 
     Raises:
-        InputError: one of the last two is no such number.
+        InputError: one of the last two, or of ``groups``, is no such number.
     """
 
     composed: bool = True
@@ -62,6 +64,7 @@ class Space:
     identity: bool = True
     norms: bool = True
     added: bool = False
+    groups: tuple[int, ...] = ()
     merge: bool = True
     exact: bool = False
     max_kernel: int = 7
@@ -70,6 +73,10 @@ class Space:
     def __post_init__(self) -> None:
         require_whole("max_kernel", self.max_kernel, 1)
         require_whole("max_unknowns", self.max_unknowns, 0)
+        if not isinstance(self.groups, tuple):
+            raise InputError(f"groups must be a tuple of whole numbers, such as (2, 0), found {self.groups!r:.80}")
+        for number in self.groups:
+            require_whole("each of groups", number, 0)
 
     @classmethod
     def named(cls, name: Literal["joint", "composed", "activations", "layers", "exact"]) -> Space:
@@ -148,9 +155,9 @@ def _candidates(findings: Findings, segment: Segment, space: Space, prunings: _P
     movable = _movable(findings, segment)
     lone = bool(segment.norms) and len(segment.expression.steps) == 2  # what stands for it is fitted in the composed one, too
     if space.fitted and not lone and not (segment.expression.sides and whole.enlarges):
-        for geometry in _smaller(whole):
+        for geometry in (some for one in _smaller(whole) for some in _in_groups(one, space.groups)):
             small = math.prod(geometry.weight_shape[1:]) <= space.max_unknowns
-            if small and _allowed(geometry, space) and (several or geometry.kernel != whole.kernel):
+            if small and _allowed(geometry, space) and (several or geometry.weight_shape != whole.weight_shape):
                 yield offer("fitted", geometry)
                 if movable:
                     yield offer("fitted", geometry, moved=movable)
@@ -249,6 +256,16 @@ def _smaller(whole: Geometry) -> Iterator[Geometry]:
         if fewer == taps:
             return
         taps = fewer
+
+
+def _in_groups(geometry: Geometry, numbers: Sequence[int]) -> Iterator[Geometry]:
+    """The geometry itself, and those with more groups, none twice; a number that does not divide the channels is left out."""
+    channels = math.gcd(geometry.in_channels, geometry.out_channels)
+    wanted = dict.fromkeys(number or geometry.in_channels for number in numbers)
+    yield geometry
+    for number in wanted:
+        if number > geometry.groups and channels % number == 0 and number % geometry.groups == 0:
+            yield replace(geometry, groups=number)
 
 
 class _Prunings:

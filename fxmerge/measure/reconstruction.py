@@ -63,7 +63,8 @@ class Reconstruction:
         memory_bytes: bound on what the normal equations of one task take together; the tensors of one batch take a
             quarter of it at most.
         through: rounds in which the weights of a merge are fitted through the activation behind it; 0 for none.
-        stay: fit the layers that stay, too, to what the student feeds them.
+        stay: fit the layers that stay, too, to what the student feeds them; or the names of the nodes of those that are fitted
+            (of a norm's, where one is behind the convolution).
         seed: of the sampling of positions.
     """
 
@@ -78,7 +79,7 @@ class Reconstruction:
     hopeless: float = 1.0
     memory_bytes: int = 4 << 30
     through: int = 10
-    stay: bool = True
+    stay: bool | tuple[str, ...] = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +88,8 @@ class Reconstruction:
             require_whole(name, getattr(self, name), least)
         if self.fit_images is not None:
             require_whole("fit_images", self.fit_images, 1)
+        if not isinstance(self.stay, bool) and not (isinstance(self.stay, tuple) and all(isinstance(n, str) for n in self.stay)):
+            raise InputError(f"stay must be True, False or a tuple of the names of nodes, found {self.stay!r:.80}")
         require_number("ridge", self.ridge, "a number from 0 on", lambda ridge: 0 <= ridge < math.inf)
         require_number("hopeless", self.hopeless, "a positive number", lambda loss: loss > 0)
 

@@ -15,7 +15,7 @@ Every node runs once for the original and once for the student; the values that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +31,7 @@ from fxmerge.analysis.segments import Findings
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Candidate, Segment
+from fxmerge.errors import InputError
 from fxmerge.graph.query import has_sole_user, module_of
 from fxmerge.measure.calibration import Batch, accepted, images_in, in_parts, shared_out
 from fxmerge.measure.replay import Replacement, Replay
@@ -86,7 +87,7 @@ class Walk:
         work: fits single merges.
         plan: what is merged.
         segments: of the plan's merges, by their ids.
-        stay: whether layers that stay are fitted too.
+        stay: whether layers that stay are fitted too, or the names of those that are.
         seed: of the sampling of positions.
         progress: called with (done, total) merges.
     """
@@ -94,7 +95,7 @@ class Walk:
     work: Fits
     plan: Plan
     segments: Mapping[str, Segment]
-    stay: bool
+    stay: bool | Collection[str]
     seed: int
     progress: Callable[[int, int], None] | None = None
     weights: dict[str, Affine] = field(init=False, default_factory=dict)
@@ -107,11 +108,22 @@ class Walk:
         self.merges = {merge.exit: merge for merge in self.plan.merges}
         reads = {merge.exit: ((merge.entry, *self._sides(merge)), _unused) for merge in self.plan.merges}
         self.needed = replay.needed(None, reads)
-        self.layers = layers_of(self.work.findings.graph) if self.stay else {}
+        self.layers = self._to_fit()
         self.last: dict[Node, int] = {}
         for index, node in enumerate(replay.nodes):
             for operand in (*node.all_input_nodes, *(replay.named[name] for name in reads.get(node.name, ((), None))[0])):
                 self.last[operand] = index
+
+    def _to_fit(self) -> Collection[str]:
+        if isinstance(self.stay, bool):
+            return layers_of(self.work.findings.graph).keys() if self.stay else ()
+        there = layers_of(self.work.findings.graph).keys()
+        if unknown := sorted(set(self.stay) - there):
+            raise InputError(
+                f"stay names {', '.join(unknown)}, and this graph has no such layer to fit: give names of nodes "
+                "(of a norm's, where one is behind the convolution), True or False"
+            )
+        return self.stay
 
     def _sides(self, merge: Candidate) -> tuple[str, ...]:
         return (*merge.sides, *self.segments[merge.id].expression.sides)

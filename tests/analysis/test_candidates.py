@@ -79,6 +79,22 @@ class TestOffers:
         offered = ids(found("residual_plus"), "relu -> bn2", Space(max_kernel=3))
         assert offered == ["identity", "composed 4->4 3x3 pruned", "fitted 4->4 3x3", "fitted 4->4 1x1"]
 
+    def test_fitted_kernels_are_offered_in_groups_where_they_divide_the_channels(self) -> None:
+        offered = ids(found("residual_plus"), "relu -> bn2", Space(max_kernel=3, groups=(2, 3, 0, 4)))
+        assert [name for name in offered if name.startswith("fitted")] == [
+            "fitted 4->4 3x3",
+            "fitted 4->4 3x3 g2",
+            "fitted 4->4 3x3 dw",
+            "fitted 4->4 1x1",
+            "fitted 4->4 1x1 g2",
+            "fitted 4->4 1x1 dw",
+        ]
+
+    def test_groups_that_the_convolutions_have_are_never_joined(self) -> None:
+        for proposal in propose(found("depthwise"), Space(groups=(2, 3, 0))):
+            own = proposal.segment.expression.geometry.groups
+            assert all(c.geometry.groups % own == 0 for c in proposal.candidates if c.kind == "fitted")
+
     def test_nearest_upsampling_and_a_convolution_are_one_exactly(self) -> None:
         assert ids(found("upsampling_one_dimension"), "input_1 -> _2") == [
             "composed 3->4 7 u3",
@@ -259,3 +275,6 @@ def test_a_space_of_no_such_name_or_number_is_told() -> None:
         Space.named("layer")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_kernel must be a whole number from 1 on, found 'a'"):
         Space(max_kernel="a")  # type: ignore[arg-type]
+    for wrong in ((-1,), ("2",), [2], 2):
+        with pytest.raises(InputError, match="groups must be"):
+            Space(groups=wrong)  # type: ignore[arg-type]

@@ -43,6 +43,30 @@ def test_every_candidate_gets_a_loss_that_a_whole_rebuilt_network_confirms(found
             assert table.loss(candidate.id) == pytest.approx(min(loss, 1e6), rel=1e-2, abs=1e-6)
 
 
+def test_a_kernel_in_groups_finds_the_map_that_has_these_groups_and_no_other() -> None:
+    torch.manual_seed(0)
+    middle = nn.Conv2d(8, 8, 3, padding=1)
+    with torch.no_grad():
+        for out in range(8):
+            for channel in range(8):
+                middle.weight[out, channel] *= out // 4 == channel // 4
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    findings = fxmerge.find_segments(fxmerge.trace(model, images(2)))
+    proposals = fxmerge.propose(findings, fxmerge.Space(groups=(2, 4, 0)))
+    table = fxmerge.measure_importance(findings, proposals, images(64))
+    [own] = [p for p in proposals if p.segment.convolutions == ("_2",)]
+    losses = {c.geometry.groups: table.loss(c.id) for c in own.candidates if c.kind == "fitted" and c.geometry.kernel == (3, 3)}
+    assert set(losses) == {2, 4, 8}
+    assert losses[2] < 1e-7
+    assert losses[2] < 1e-3 * losses[4] < losses[8]
+    [two] = [c for c in own.candidates if c.kind == "fitted" and c.geometry.groups == 2 and c.geometry.kernel == (3, 3)]
+    plan = fxmerge.Plan(findings.fingerprint, (two,))
+    weights = fxmerge.fit(findings, plan, images(64), scorer=fxmerge.Reconstruction(ridge=1e-12))
+    merged = fxmerge.fuse(fxmerge.linearize(fxmerge.annotate(findings.graph, plan), weights=weights))
+    assert [m.groups for m in merged.modules() if isinstance(m, nn.Conv2d)] == [1, 2, 1]
+    assert torch.allclose(merged(images(5, seed=3)), model(images(5, seed=3)), atol=1e-5)
+
+
 def test_candidates_that_make_the_image_larger_are_scored_and_fitted_as_they_are_built() -> None:
     model, data = specimen("decoder"), zoo_images("decoder", batch=16)
     findings = fxmerge.find_segments(fxmerge.trace(model, data[:2]))

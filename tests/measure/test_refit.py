@@ -77,6 +77,28 @@ def loss(findings: fxmerge.Findings, plan: fxmerge.Plan, data: Tensor, scorer: f
         return float(divergence(findings.graph(unseen), merged(unseen)).mean())
 
 
+def test_of_the_layers_that_stay_those_that_are_named_are_fitted(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    everything = fxmerge.fit(findings, plan, images(256))
+    assert {"head", "add_1"} - set(everything) == {"add_1"}
+    some = fxmerge.fit(findings, plan, images(256), scorer=fxmerge.Reconstruction(stay=("head",)))
+    assert set(some) == {plan.merges[0].id, "head"}
+    assert len(everything) > 2
+    assert torch.equal(some[plan.merges[0].id].weight, everything[plan.merges[0].id].weight)
+    assert not torch.equal(some["head"].weight, everything["head"].weight), "what it is fed differs"
+
+
+def test_layers_to_fit_that_are_not_there_are_told(found) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    with pytest.raises(fxmerge.InputError, match="stay names add, nowhere, and this graph has no such layer"):
+        fxmerge.fit(findings, plan, images(8), scorer=fxmerge.Reconstruction(stay=("nowhere", "head", "add")))
+    for wrong in ("head", ["head"], 1, (1,)):
+        with pytest.raises(fxmerge.InputError, match="stay must be True, False or a tuple"):
+            fxmerge.Reconstruction(stay=wrong)  # type: ignore[arg-type]
+
+
 def test_layers_that_stay_make_up_for_a_merge_on_images_they_never_saw(found) -> None:  # type: ignore[no-untyped-def]
     findings, candidates = found
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
