@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
@@ -120,5 +119,14 @@ def feature_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     mean = wanted.mean([axis for axis in range(wanted.dim()) if axis != 1], keepdim=True)
-    size = F.mse_loss(mean.expand_as(wanted), wanted, reduction="sum")  # fused: no tensor is made of differences, or of squares
-    return F.mse_loss(found, wanted, reduction="sum") / size.clamp_min(torch.finfo(wanted.dtype).tiny)
+    size = _square(wanted - mean)
+    return _square(found - wanted) / size.clamp_min(torch.finfo(wanted.dtype).tiny)
+
+
+def _square(value: Tensor) -> Tensor:
+    """The sum of the squares, in float32 at least.
+
+    As a norm, which goes through memory once, in all threads: with mse_loss, which does not, the cuts took half of a step of
+    training ResNet-20 on two cores.
+    """
+    return torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)).square()
