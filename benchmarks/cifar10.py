@@ -46,6 +46,7 @@ from benchmarks.ablation import ablation
 from benchmarks.contest import METHODS, REGIMES, Contest, regimes_of, told
 from benchmarks.reports import deliver
 from benchmarks.rivals import IMPORTANCES
+from fxmerge.trials import TRIALS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--ablation", action="store_true", help="take the closed-form fit apart instead")
     how = made.add_argument_group("how")
     how.add_argument("--images", type=int, default=1024, help="calibration images, unlabelled, from the training split")
+    how.add_argument("--trials", type=int, default=TRIALS, help="plans fitted before one is taken")
     how.add_argument("--groups", type=int, nargs="+", default=[], help="in which fitted kernels are offered as well; 0: depthwise")
     how.add_argument("--steps", type=int, default=400, help="gradient steps of calibration tuning; 0 leaves it out")
     how.add_argument("--epochs", type=int, default=3)

@@ -36,7 +36,7 @@ from fxmerge.measure.digests import data_digest, network_digest
 from fxmerge.measure.divergence import divergence
 from fxmerge.search import Search, build_networks
 from fxmerge.survey import Survey
-from fxmerge.trials import best_near
+from fxmerge.trials import TRIALS, best_near
 from fxmerge.tune import Distillation, Recipe, already_merged, calibrate_norms, calibration_tune, fine_tune
 
 #: What measures; None for the clock, and for what the method says.
@@ -248,6 +248,8 @@ class Contest:
         options, parts = self.options, [f"{self.options.images} calibration images"]
         if not METHODS[method].fitted:
             parts.append(f"{options.scorer_steps} steps of {SCORER_BATCH} a candidate, {HOLD_OUT} held out")
+        elif METHODS[method].space and options.trials != TRIALS:
+            parts.append(f"{options.trials} plans tried")
         if method == "channels":
             parts.append(f"importance {options.importance}, rounded to {options.round_to}")
         return ", ".join([*parts, f"batch {options.latency_batch}"])
@@ -263,7 +265,9 @@ class Contest:
         weights: Mapping[str, Any] = {}
         if method.fitted:
             with timed(self.costs, "fit (several plans a start)"):
-                plan, measured, weights = best_near(search, found, Budget(1 / asked), fxmerge.Reconstruction(), _silent)
+                plan, measured, weights = best_near(
+                    search, found, Budget(1 / asked), fxmerge.Reconstruction(), _silent, self.options.trials
+                )
         student, merged = build_networks(self.findings, plan, weights)
         fxmerge.save_student(student, plan, self.example, folder / "closed form")
         one, its = already_merged(self.graph, plan, weights=weights)

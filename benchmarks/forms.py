@@ -5,8 +5,8 @@
 
 A merge is one dense kernel k x k (or with the groups that its layers have). Offered beside it could be kernels of fewer taps, with
 more groups, depthwise, or products of two: k x 1 and 1 x k; depthwise and 1x1; 1x1 to fewer channels and k x k. Every form is
-followed by the ReLU behind the merge, and timed in turn with the others. A form that takes as long as a dense kernel of fewer
-taps, which holds more functions, is none to offer.
+followed by the ReLU behind the merge, and timed in turn with the others. A form of two layers that takes longer than a
+dense kernel of fewer taps has little to offer.
 """
 
 from __future__ import annotations

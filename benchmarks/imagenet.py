@@ -3,12 +3,13 @@
     accelerate launch -m benchmarks.imagenet --data /data/imagenet --row resnet34-1.36 --out runs/resnet34-1.36
     accelerate launch --multi_gpu --mixed_precision bf16 -m benchmarks.imagenet --data /imagenet --row mobilenet_v2-2.49 --out x
 
-The data is two ImageFolders, train/ and val/. Weights are torchvision's pretrained ones, or a state dict (--weights). The network
-is compressed to the speed-up that the row was published with, measured here; then trained as published: ResNet-34 for 90 epochs of
-batch 1024, learning rate 1.024 after 8 epochs of warm-up, label smoothing 0.1; MobileNetV2-1.0 for 180 epochs of batch 256, 0.05.
---method layermerge takes the published candidates, objective and scorer (of as many steps as --scorer-steps says), layer by layer,
-no teacher; --method fxmerge, the default, fitted candidates, merged already, with the original as teacher. Interrupted, the same
-command goes on. The published speed-ups are of an RTX 2080 Ti, and of unfolded originals; here the original is folded.
+The data is two ImageFolders, train/ and val/. Weights are torchvision's pretrained ones, or a state dict in safetensors
+(--weights). The network is compressed to the speed-up that the row was published with, measured here; then trained as
+published: ResNet-34 for 90 epochs of batch 1024, learning rate 1.024 after 8 epochs of warm-up, label smoothing 0.1;
+MobileNetV2-1.0 for 180 epochs of batch 256, 0.05. --method layermerge takes the published candidates, objective and scorer (of
+as many steps as --scorer-steps says), layer by layer, no teacher; --method fxmerge, the default, fitted candidates, merged
+already, with the original as teacher. Interrupted, the same command goes on. The published speed-ups are of an RTX 2080 Ti, and
+of unfolded originals; here the original is folded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--row", choices=ROWS, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--method", choices=("fxmerge", "layermerge"), default="fxmerge")
-    parser.add_argument("--weights", type=Path, help="a state dict; without, torchvision's are downloaded")
+    parser.add_argument("--weights", type=Path, help="a state dict, safetensors; without, torchvision's are downloaded")
     parser.add_argument("--calibration", type=int, default=1024, help="images, unlabelled, from train/")
     parser.add_argument("--scorer-steps", type=int, default=50, help="of the published scorer, 64 images each")
     parser.add_argument("--epochs", type=int, help="instead of the published number; 0 for no training")
@@ -164,12 +166,14 @@ class Data:
 
 
 def network(name: str, weights: Path | None) -> nn.Module:
-    """torchvision's network with its pretrained weights, or those of a state dict, whose last tensor tells the classes."""
+    """torchvision's network with its pretrained weights, or those of a file; its last linear layer tells the classes."""
     if weights is None:
         made: nn.Module = torchvision.models.get_model(name, weights="DEFAULT")
         return made.eval()
-    state = torch.load(weights, weights_only=True)
-    made = torchvision.models.get_model(name, weights=None, num_classes=next(reversed(state.values())).shape[0])
+    state = load_file(weights)
+    made = torchvision.models.get_model(name, weights=None)
+    *_, last = (layer for layer, module in made.named_modules() if isinstance(module, nn.Linear))
+    made = torchvision.models.get_model(name, weights=None, num_classes=len(state[f"{last}.weight"]))
     made.load_state_dict(state)
     return made.eval()
 

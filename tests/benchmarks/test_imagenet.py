@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fxmerge
 from benchmarks import imagenet
 from benchmarks.made_up import MadeUp
 from tests.fakes import PriceTimer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,8 +41,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", ["fxmerge", "layermerge"])
 def test_a_row_is_compressed_trained_and_reported(method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    weights, out = tmp_path / "weights.pth", tmp_path / "out"
-    torch.save(torchvision.models.mobilenet_v2(weights=None, num_classes=2).state_dict(), weights)
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "out"
+    save_file(torchvision.models.mobilenet_v2(weights=None, num_classes=2).state_dict(), weights)
     monkeypatch.setattr(imagenet, "TIMER", PriceTimer())
     monkeypatch.setattr(imagenet, "SCORER", MadeUp())
     command = [
@@ -64,6 +71,31 @@ def test_a_row_is_compressed_trained_and_reported(method: str, data: Path, tmp_p
     assert imagenet.main(command) == report  # it goes on where it was: nothing is left to do
     with pytest.raises(SystemExit, match=f"out holds what was made with --method {method}; give another --out"):
         imagenet.main([*command, "--method", "fxmerge" if method == "layermerge" else "layermerge"])
+
+
+@pytest.mark.filterwarnings("ignore:.*too few")
+def test_a_row_of_the_deeper_network_by_two_processes(data: Path, tmp_path: Path) -> None:
+    """torchrun is what ``accelerate launch --multi_gpu`` starts; here on the CPU. The first process compresses and reports."""
+    torch.manual_seed(0)
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "out"
+    save_file(torchvision.models.resnet34(weights=None, num_classes=2).state_dict(), weights)
+    launch = "torch.distributed.run --standalone --nproc_per_node 2 -m tests.benchmarks.launched_imagenet"
+    command = [
+        *(sys.executable, "-m", *launch.split(), "--data", str(data), "--row", "resnet34-1.36", "--out", str(out)),
+        *("--method", "layermerge", "--weights", str(weights), "--calibration", "4", "--epochs", "1", "--batch", "4"),
+        *("--latency-batch", "1", "--size", "32", "--workers", "0"),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((out / "row.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[-1][1:] == ["74.26", "", "1.36x"]
+    assert float(rows[2][3].removesuffix("x")) >= 1.36 / 1.03
+    assert done.stdout.count("| compressed, trained") == 1
+    start, trained = (load_file(out / name / "student.safetensors") for name in ("start", "trained"))
+    assert start.keys() == trained.keys()
+    with safe_open(out / "checkpoints" / "training.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["about"])["position"]["step"] == 4  # of 2 images for each process
 
 
 def test_every_published_row_has_a_protocol() -> None:

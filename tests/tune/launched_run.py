@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.tune.small import made
 
 def main(folder: Path, kind: str) -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if kind == "bf16" else "no")
     student, batch = made().with_norms, 16 // accelerator.num_processes
     calibrate_norms(student, [(images(64),)])
     if accelerator.is_main_process:
@@ -32,10 +33,11 @@ def main(folder: Path, kind: str) -> None:
         student,
         listed if kind == "list" else loader,
         teacher=made().graph,
-        recipe=Recipe(epochs=2),
-        validation={"loader": DataLoader(labelled, 7), "list": listed, "no validation": None}[kind],
+        recipe=Recipe(epochs=2, checkpoint_steps=1),
+        validation={"loader": DataLoader(labelled, 7), "list": listed}.get(kind),
         checkpoints=folder / "checkpoints",
         accelerator=accelerator,
+        progress=lambda done, total: os._exit(9) if kind == "killed" and done == 5 else None,
         report=told.append,
     )
     rank = accelerator.process_index
