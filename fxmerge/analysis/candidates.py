@@ -142,7 +142,8 @@ def _candidates(findings: Findings, segment: Segment, space: Space, prunings: _P
         or _resizes(segment)
     )
     offer, exact = _Offer(segment), _is_exact(findings, segment)
-    if space.identity and whole.preserves_shape and (space.merge or len(segment.convolutions) == 1):
+    one_layer = len(segment.convolutions) == 1 and not segment.activations and not segment.norms
+    if space.identity and whole.preserves_shape and (space.merge or one_layer):
         yield offer("identity", Geometry.identity(whole.in_channels, len(whole.axes)))
     if not space.merge:
         return

@@ -15,6 +15,7 @@ from fxmerge.core.geometry import Geometry
 from fxmerge.core.segment import Candidate, Segment
 from fxmerge.errors import InputError
 from fxmerge.graph.trace import trace
+from fxmerge.solve.space import restrict
 from tests import zoo
 from tests.zoo import conv, images, specimen
 
@@ -222,6 +223,12 @@ class TestSpaces:
     def test_layers_drops_single_convolutions_only(self) -> None:
         offered = candidates(found(self.NAME), space=Space.named("layers"))
         assert {c.id for c in offered} == {"relu->relu_1 identity", "relu_1->bn2 identity"}
+
+    @pytest.mark.parametrize("name", zoo.ZOO)
+    def test_layers_are_what_the_solver_takes_for_layers(self, name: str) -> None:
+        findings = found(name)
+        taken = restrict(findings.region, candidates(findings), "layers")
+        assert set(ids(findings, space=Space.named("layers"))) == {candidate.id for candidate in taken}
 
     def test_exact_keeps_the_function(self) -> None:
         offered = candidates(found("repvgg_block"), space=Space.named("exact"))
