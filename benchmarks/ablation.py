@@ -59,21 +59,21 @@ def ablation(contest: Contest) -> str:
             print(*row, flush=True)  # noqa: T201
 
     classifiers = tuple(node.name for node in contest.graph.graph.nodes if type(module_of(contest.graph, node)) is nn.Linear)
-    parts = {**PARTS, "merges alone, and the last linear layer": fxmerge.Reconstruction(stay=classifiers)}
+    parts = {**PARTS, "through the activation, and of what stays the last linear layer": fxmerge.Reconstruction(stay=classifiers)}
     for label, scorer in parts.items():
         add(label, taken, scorer, also_tuned=bool(options.steps) and label in TUNED)
-    rows.append(["merges alone, and the statistics of the norms", *(top1(with_norms(plan)) for plan in taken)])
+    rows.append(["through the activation, and the statistics of the norms", *(top1(with_norms(plan)) for plan in taken)])
     alone = [front.plan(front.index(plan.latency_ns or front.original_ns)) for plan in taken]
     add("the plan of least summed loss, as fast by the tables", alone, PARTS[WHOLE])
-    behind = [_with_activations(plan, contest.findings) for plan in taken]
+    behind = [_with_activations(plan, contest.findings, options.groups) for plan in taken]
     if behind != taken:
         add("activations put behind merges that end in none", behind, PARTS[WHOLE])
     heads = ("fit", *(f"{start.about['speedup']:.2f}x measured" for start in starts))
     return tabulate(rows, heads, "github", disable_numparse=True)
 
 
-def _with_activations(plan: Plan, findings: fxmerge.Findings) -> Plan:
+def _with_activations(plan: Plan, findings: fxmerge.Findings, groups: Sequence[int]) -> Plan:
     """The plan with an activation behind every merge that can have one and has none."""
-    offered = [c for p in fxmerge.propose(findings, fxmerge.Space(added=True)) for c in p.candidates]
+    offered = [c for p in fxmerge.propose(findings, fxmerge.Space(added=True, groups=groups)) for c in p.candidates]
     twins = {replace(candidate, added="").id: candidate for candidate in offered if candidate.added}
     return replace(plan, merges=tuple(twins.get(merge.id, merge) for merge in plan.merges))

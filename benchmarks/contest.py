@@ -132,9 +132,10 @@ class Contest:
             "weights": network_digest(self.graph),
             "calibration images": data_digest([self.calibration]),
             "batch of the latency table": self.options.latency_batch,
-            "groups": self.options.groups,
+            "groups": sorted(self.options.groups),
         }
-        if other := otherwise(file, now):
+        differing = otherwise(file, now).items()
+        if other := [name for name, was in differing if was is not None or now[name]]:  # what was not known then was not given
             raise SystemExit(f"{self.folder} holds what was found with other {', '.join(other)}; give another --tables")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
@@ -266,7 +267,7 @@ class Contest:
         if method.fitted:
             with timed(self.costs, "fit (several plans a start)"):
                 plan, measured, weights = best_near(
-                    search, found, Budget(1 / asked), fxmerge.Reconstruction(), _silent, self.options.trials
+                    search, found, Budget(1 / asked), fxmerge.Reconstruction(), _silent, trials=self.options.trials
                 )
         student, merged = build_networks(self.findings, plan, weights)
         fxmerge.save_student(student, plan, self.example, folder / "closed form")

@@ -31,9 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--kernels", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--kernels", type=int, nargs="+", default=[3, 5], help="odd, from 3 on")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
+    if any(kernel < 3 or kernel % 2 == 0 for kernel in options.kernels):
+        parser.error(f"--kernels must be odd and at least 3, found {options.kernels}")
     report = run(options)
     deliver(report, options.out)
     return report

@@ -119,7 +119,7 @@ def compress(
                 plan, measured = search.best_exact()
             else:
                 tried = search.within(budget, corrections, bars("budget"))
-                plan, measured, weights = best_near(search, tried, budget, fitter_of(scorer), bars("fit"), trials)
+                plan, measured, weights = best_near(search, tried, budget, fitter_of(scorer), bars("fit"), trials=trials)
             return build(found, search.front, plan, weights, measured)
 
 

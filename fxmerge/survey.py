@@ -23,7 +23,8 @@ from fxmerge.measure.executors import Executor, ExecutorName, as_executor
 from fxmerge.measure.latency import measure_latency, worthwhile
 from fxmerge.measure.progress import Bars
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.scoring import Scorer, score
+from fxmerge.measure.refit import layers_to_fit
+from fxmerge.measure.scoring import Scorer, fitter_of, score
 from fxmerge.measure.store import Store
 from fxmerge.measure.study import Study
 from fxmerge.measure.timer import Timer
@@ -106,6 +107,7 @@ def survey(
         graph = trace(model, example_inputs, leaves=operators.modules if operators else ())
         batches = () if exact else _calibration(calibration, graph)
         findings = find_segments(graph, operators=operators)
+        layers_to_fit(graph, fitter_of(scorer).stay)  # what is wrong is told before anything is measured
         offered = _offered(findings, space)
         latency = measure_latency(findings, offered, arguments, target=target, timer=timer, store=store, progress=bars("latency"))
         proposals = worthwhile(offered, latency, findings.region)

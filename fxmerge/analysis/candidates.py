@@ -3,7 +3,8 @@
 *Composed* candidates are LayerMerge's (Kim, El Halabi, Ji, Song; ICML 2024, section 3.2): every geometry that some subset of the
 segment's prunable convolutions composes to, and of the subsets that give one geometry the one that keeps the largest sum of L1
 norms. Subsets are not enumerated: unit by unit, the best subset for every geometry reached so far is kept.
-*Fitted* candidates are one convolution of any kernel up to the composed one, its weights to be fitted to data. *Identity* drops
+*Fitted* candidates are one convolution of any kernel up to the composed one, also in groups if asked for, its weights to be
+fitted to data. *Identity* drops
 the segment altogether.
 
 A norm that depends on its input (group, layer, instance) is taken out as an activation is: in a composed candidate a scale and a
@@ -24,11 +25,12 @@ from fxmerge.analysis.segments import Findings
 from fxmerge.core.expression import Expression, Step
 from fxmerge.core.geometry import Geometry
 from fxmerge.core.options import require_whole
-from fxmerge.core.segment import Candidate, Proposal, Segment
+from fxmerge.core.segment import Candidate, Proposal, Segment, narrowed
 from fxmerge.errors import InputError
 from fxmerge.graph.meta import facts
 from fxmerge.graph.query import acts_alike, node_named
 from fxmerge.operators import Activation, Site, read_maps
+from fxmerge.solve.space import restrict
 
 #: geometry -> (sum of the L1 norms kept, names removed)
 _Choices: TypeAlias = dict[Geometry, tuple[float, frozenset[str]]]
@@ -64,7 +66,7 @@ class Space:
     identity: bool = True
     norms: bool = True
     added: bool = False
-    groups: tuple[int, ...] = ()
+    groups: Sequence[int] = ()
     merge: bool = True
     exact: bool = False
     max_kernel: int = 7
@@ -73,8 +75,9 @@ class Space:
     def __post_init__(self) -> None:
         require_whole("max_kernel", self.max_kernel, 1)
         require_whole("max_unknowns", self.max_unknowns, 0)
-        if not isinstance(self.groups, tuple):
-            raise InputError(f"groups must be a tuple of whole numbers, such as (2, 0), found {self.groups!r:.80}")
+        if not isinstance(self.groups, Sequence) or isinstance(self.groups, str):
+            raise InputError(f"groups must be whole numbers, such as (2, 0), found {self.groups!r:.80}")
+        object.__setattr__(self, "groups", tuple(self.groups))
         for number in self.groups:
             require_whole("each of groups", number, 0)
 
@@ -119,7 +122,10 @@ def propose(findings: Findings, space: Space | None = None) -> tuple[Proposal, .
         unique = {candidate.id: candidate for candidate in offered if _leaves_pixels(candidate.geometry, size)}
         if unique and (space.norms or not segment.norms):
             proposals.append(Proposal(segment, tuple(unique.values())))
-    return tuple(proposals)
+    if space.merge:
+        return tuple(proposals)
+    alone = set(restrict(findings.region, [c for p in proposals for c in p.candidates], "layers"))
+    return narrowed(proposals, alone.__contains__)
 
 
 def _l1_norms(findings: Findings) -> dict[str, float]:
@@ -142,8 +148,7 @@ def _candidates(findings: Findings, segment: Segment, space: Space, prunings: _P
         or _resizes(segment)
     )
     offer, exact = _Offer(segment), _is_exact(findings, segment)
-    one_layer = len(segment.convolutions) == 1 and not segment.activations and not segment.norms
-    if space.identity and whole.preserves_shape and (space.merge or one_layer):
+    if space.identity and whole.preserves_shape:
         yield offer("identity", Geometry.identity(whole.in_channels, len(whole.axes)))
     if not space.merge:
         return

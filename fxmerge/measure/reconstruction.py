@@ -64,7 +64,7 @@ class Reconstruction:
             quarter of it at most.
         through: rounds in which the weights of a merge are fitted through the activation behind it; 0 for none.
         stay: fit the layers that stay, too, to what the student feeds them; or the names of the nodes of those that are fitted
-            (of a norm's, where one is behind the convolution).
+            (of a norm's, where one is behind the convolution), if no merge has taken them.
         seed: of the sampling of positions.
     """
 
@@ -79,7 +79,7 @@ class Reconstruction:
     hopeless: float = 1.0
     memory_bytes: int = 4 << 30
     through: int = 10
-    stay: bool | tuple[str, ...] = True
+    stay: bool | Sequence[str] = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,8 +88,10 @@ class Reconstruction:
             require_whole(name, getattr(self, name), least)
         if self.fit_images is not None:
             require_whole("fit_images", self.fit_images, 1)
-        if not isinstance(self.stay, bool) and not (isinstance(self.stay, tuple) and all(isinstance(n, str) for n in self.stay)):
-            raise InputError(f"stay must be True, False or a tuple of the names of nodes, found {self.stay!r:.80}")
+        if not isinstance(self.stay, bool):
+            if not isinstance(self.stay, Sequence) or isinstance(self.stay, str) or not all(isinstance(n, str) for n in self.stay):
+                raise InputError(f"stay must be True, False or the names of nodes, found {self.stay!r:.80}")
+            object.__setattr__(self, "stay", tuple(self.stay))
         require_number("ridge", self.ridge, "a number from 0 on", lambda ridge: 0 <= ridge < math.inf)
         require_number("hopeless", self.hopeless, "a positive number", lambda loss: loss > 0)
 
@@ -166,13 +168,15 @@ class Reconstruction:
         """Weights for the fitted merges of a plan, and for what stands for norms, one after the other from the input on.
 
         Every merge is fitted to the student's own inputs, as the merges before it make them, and to the original's targets, so
-        that errors do not add up; so is, with ``stay``, every layer behind the first merge (:mod:`fxmerge.measure.refit`).
+        that errors do not add up; so is, with ``stay``, every layer behind the first merge, or those named
+        (:mod:`fxmerge.measure.refit`).
 
         Returns:
             By candidate id, the map in float64; by :meth:`Candidate.part`, what its side inputs go through, what stands for a norm;
             by the name of its node, what a layer that stays computes, its batch norm folded.
 
         Raises:
+            InputError: ``stay`` names no layer of the network's.
             PlanMismatchError: the plan was made for another graph, or with other limits.
         """
         return _Work(self, findings, batches).fit(plan, progress)
@@ -310,6 +314,7 @@ def fit(
 
     Raises:
         CalibrationError: the calibration data cannot be used.
+        InputError: the scorer's ``stay`` names no layer of the network's.
         PlanMismatchError: the plan was made for another graph, or with other limits.
     """
     batches = as_batches(calibration, findings.graph)

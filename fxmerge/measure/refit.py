@@ -108,22 +108,11 @@ class Walk:
         self.merges = {merge.exit: merge for merge in self.plan.merges}
         reads = {merge.exit: ((merge.entry, *self._sides(merge)), _unused) for merge in self.plan.merges}
         self.needed = replay.needed(None, reads)
-        self.layers = self._to_fit()
+        self.layers = layers_to_fit(self.work.findings.graph, self.stay)
         self.last: dict[Node, int] = {}
         for index, node in enumerate(replay.nodes):
             for operand in (*node.all_input_nodes, *(replay.named[name] for name in reads.get(node.name, ((), None))[0])):
                 self.last[operand] = index
-
-    def _to_fit(self) -> Collection[str]:
-        if isinstance(self.stay, bool):
-            return layers_of(self.work.findings.graph).keys() if self.stay else ()
-        there = layers_of(self.work.findings.graph).keys()
-        if unknown := sorted(set(self.stay) - there):
-            raise InputError(
-                f"stay names {', '.join(unknown)}, and this graph has no such layer to fit: give names of nodes "
-                "(of a norm's, where one is behind the convolution), True or False"
-            )
-        return self.stay
 
     def _sides(self, merge: Candidate) -> tuple[str, ...]:
         return (*merge.sides, *self.segments[merge.id].expression.sides)
@@ -248,6 +237,24 @@ class Walk:
             if other in self.changed:
                 wanted = wanted + (original[other] - student[other])
         return wanted
+
+
+def layers_to_fit(graph: GraphModule, stay: bool | Collection[str]) -> Collection[str]:
+    """The names of the layers that may get other weights; of a convolution with a norm behind it, the norm's.
+
+    Raises:
+        InputError: a name is of no such layer.
+    """
+    layers = layers_of(graph)
+    behind = {layer.node.name: name for name, layer in layers.items() if layer.norm is not None}
+    there = layers.keys() - behind.keys()
+    if isinstance(stay, bool):
+        return there if stay else ()
+    for name in stay:
+        if name not in there:
+            advice = f"give {behind[name]!r}, the norm behind it" if name in behind else "give names of nodes, True or False"
+            raise InputError(f"stay names {name!r}, which is no layer of this graph that can be fitted: {advice}")
+    return stay
 
 
 def _unused(*_: Tensor) -> Tensor:

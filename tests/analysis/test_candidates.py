@@ -230,6 +230,12 @@ class TestSpaces:
         taken = restrict(findings.region, candidates(findings), "layers")
         assert set(ids(findings, space=Space.named("layers"))) == {candidate.id for candidate in taken}
 
+    def test_a_pool_behind_a_convolution_is_a_layer_of_its_own(self) -> None:
+        net = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.AvgPool2d(3, 1, 1), nn.ReLU())
+        offered = ids(find_segments(trace(net, torch.zeros(1, 3, 12, 12))), space=Space.named("layers"))
+        assert offered
+        assert not any(name.endswith("->_4 identity") and name.startswith("_1->") for name in offered)
+
     def test_exact_keeps_the_function(self) -> None:
         offered = candidates(found("repvgg_block"), space=Space.named("exact"))
         whole = {"_1->_2_relu composed 4->4 3x3", "_2_relu->_3_relu composed 4->6 3x3 s2x2"}
@@ -282,6 +288,7 @@ def test_a_space_of_no_such_name_or_number_is_told() -> None:
         Space.named("layer")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_kernel must be a whole number from 1 on, found 'a'"):
         Space(max_kernel="a")  # type: ignore[arg-type]
-    for wrong in ((-1,), ("2",), [2], 2):
+    assert Space(groups=[2, 0]) == Space(groups=(2, 0))
+    for wrong in ((-1,), ("2",), "2", 2):
         with pytest.raises(InputError, match="groups must be"):
             Space(groups=wrong)  # type: ignore[arg-type]

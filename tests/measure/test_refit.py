@@ -92,10 +92,12 @@ def test_of_the_layers_that_stay_those_that_are_named_are_fitted(found) -> None:
 def test_layers_to_fit_that_are_not_there_are_told(found) -> None:  # type: ignore[no-untyped-def]
     findings, candidates = found
     plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
-    with pytest.raises(fxmerge.InputError, match="stay names add, nowhere, and this graph has no such layer"):
+    with pytest.raises(fxmerge.InputError, match="stay names 'nowhere', which is no layer of this graph"):
         fxmerge.fit(findings, plan, images(8), scorer=fxmerge.Reconstruction(stay=("nowhere", "head", "add")))
-    for wrong in ("head", ["head"], 1, (1,)):
-        with pytest.raises(fxmerge.InputError, match="stay must be True, False or a tuple"):
+    with pytest.raises(fxmerge.InputError, match="stay names 'b1', which is no layer .* give 'm1', the norm behind it"):
+        fxmerge.fit(findings, plan, images(8), scorer=fxmerge.Reconstruction(stay=["b1"]))
+    for wrong in ("head", 1, (1,)):
+        with pytest.raises(fxmerge.InputError, match="stay must be True, False or the names"):
             fxmerge.Reconstruction(stay=wrong)  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +38,11 @@ def test_two_processes_go_on_where_one_was_killed_to_the_same_bits(tmp_path: Pat
     assert done.returncode == 0, done.stderr[-2000:]
     assert launched(killed, "killed").returncode != 0
     assert not (killed / "0.safetensors").exists()
+    with safe_open(killed / "checkpoints" / "training.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["about"])["position"]["step"] == 5
     done = launched(killed, "no validation")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert [step for step, _ in json.loads((killed / "0.json").read_text(encoding="utf-8"))] == [6]  # the first epoch was not again
     for rank in (0, 1):
         one, two = (load_file(folder / f"{rank}.safetensors") for folder in (whole, killed))
         assert all(torch.equal(one[name], two[name]) for name in one)
