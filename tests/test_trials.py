@@ -142,7 +142,9 @@ def test_a_first_timing_that_was_too_slow_keeps_no_plan_out_that_meets_the_budge
     assert any((plan.latency_ns or 0) > limit for plan in finals)
 
 
-def test_the_plan_taken_is_timed_again_and_left_where_it_does_not_meet_the_budget_then(found: Survey) -> None:
+def test_the_plan_taken_is_timed_again_and_left_where_it_does_not_meet_the_budget_then(
+    found: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Kind(PriceTimer):
         """Every merged network seems as fast as asked when it is timed first."""
 
@@ -153,6 +155,8 @@ def test_the_plan_taken_is_timed_again_and_left_where_it_does_not_meet_the_budge
 
     search = Search(found, 0.03, Kind())
     plan = search.front.plan(search.front.index(int(search.front.original_ns / 1.3)))
+    losses = lambda self, findings, one, batches: float(one.merges == plan.merges)  # noqa: E731 - all others seem nearer
+    monkeypatch.setattr(fxmerge.Reconstruction, "held_out_loss", losses)
     taken, times, _ = best_near(search, (plan, search.measure(plan)), Budget(1 / 1.3), FITTER, lambda done, total: None, trials=6)
     assert times[1].median_ns <= times[0].median_ns / 1.3 * 1.03
     assert taken.merges == plan.merges
