@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -170,9 +171,14 @@ def network(name: str, weights: Path | None) -> nn.Module:
     if weights is None:
         made: nn.Module = torchvision.models.get_model(name, weights="DEFAULT")
         return made.eval()
-    state = load_file(weights)
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as fault:
+        raise SystemExit(f"--weights must be a state dict in safetensors, and {weights} is none: {fault}") from fault
     made = torchvision.models.get_model(name, weights=None)
     *_, last = (layer for layer, module in made.named_modules() if isinstance(module, nn.Linear))
+    if f"{last}.weight" not in state:
+        raise SystemExit(f"--weights holds no {last}.weight: {weights} is of another network than {name}")
     made = torchvision.models.get_model(name, weights=None, num_classes=len(state[f"{last}.weight"]))
     made.load_state_dict(state)
     return made.eval()

@@ -98,6 +98,16 @@ def test_a_row_of_the_deeper_network_by_two_processes(data: Path, tmp_path: Path
         assert json.loads(file.metadata()["about"])["position"]["step"] == 4  # of 2 images for each process
 
 
+def test_weights_of_another_kind_or_network_are_told(tmp_path: Path) -> None:
+    pickled, other = tmp_path / "weights.pth", tmp_path / "other.safetensors"
+    torch.save({"fc.weight": torch.zeros(2, 512)}, pickled)
+    save_file({"fc.weight": torch.zeros(2, 512)}, other)
+    with pytest.raises(SystemExit, match="must be a state dict in safetensors, and .*weights.pth is none"):
+        imagenet.network("resnet34", pickled)
+    with pytest.raises(SystemExit, match="holds no classifier.1.weight: .* is of another network than mobilenet_v2"):
+        imagenet.network("mobilenet_v2", other)
+
+
 def test_every_published_row_has_a_protocol() -> None:
     assert {row.network for row in imagenet.ROWS.values()} == set(imagenet.PROTOCOLS)
     assert len(imagenet.ROWS) == 7
