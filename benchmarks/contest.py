@@ -134,8 +134,7 @@ class Contest:
             "batch of the latency table": self.options.latency_batch,
             "groups": sorted(self.options.groups),
         }
-        differing = otherwise(file, now).items()
-        if other := [name for name, was in differing if was is not None or now[name]]:  # what was not known then was not given
+        if other := otherwise(file, now):
             raise SystemExit(f"{self.folder} holds what was found with other {', '.join(other)}; give another --tables")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)

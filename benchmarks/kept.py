@@ -41,8 +41,11 @@ def _read(line: str) -> dict[str, Any] | None:
 
 
 def otherwise(file: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of settings, a JSON object, says otherwise than they are now; nothing where there is no such file."""
+    """What a file of settings, a JSON object, says otherwise than they are now; nothing where there is no such file.
+
+    A setting that it does not know counts as empty: it was not there to be given.
+    """
     if not file.exists():
         return {}
     was = json.loads(file.read_text(encoding="utf-8"))
-    return {name: was.get(name) for name in now if was.get(name) != now[name]}
+    return {name: was.get(name) for name in now if was.get(name) != now[name] and (name in was or now[name])}

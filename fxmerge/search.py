@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from torch.fx import GraphModule
 
@@ -27,6 +28,9 @@ from fxmerge.solve.objective import Objective
 from fxmerge.survey import Survey
 
 log = logging.getLogger(__name__)
+
+#: The folded original and the merged network of a plan, timed in turn.
+Times: TypeAlias = tuple[Measurement, Measurement]
 
 
 def build_networks(findings: Findings, plan: Plan, weights: Mapping[str, Affine]) -> tuple[GraphModule, GraphModule]:
@@ -61,7 +65,7 @@ class Search:
         """With its batch norms folded."""
         return baseline(self.survey.findings.graph, operators=self.survey.findings.operators)
 
-    def measure(self, plan: Plan) -> tuple[Measurement, Measurement]:
+    def measure(self, plan: Plan) -> Times:
         """The folded original and the merged network of a plan, timed in turn."""
         _, merged = build_networks(self.survey.findings, plan, {})
         modules = [Timed(self.original, self.survey.arguments), Timed(merged, self.survey.arguments)]
@@ -71,7 +75,7 @@ class Search:
             store.add_trial(study, Trial(plan, original, found))
         return original, found
 
-    def best_exact(self) -> tuple[Plan, tuple[Measurement, Measurement]]:
+    def best_exact(self) -> tuple[Plan, Times]:
         """The fastest plan that loses nothing, if the median of its times is below the original's; else none at all."""
         plan = self.front.plan(0)
         measured = self.measure(plan)
@@ -81,7 +85,7 @@ class Search:
             measured = self.measure(plan)
         return plan, measured
 
-    def within(self, budget: Budget, corrections: int, progress: Progress) -> tuple[Plan, tuple[Measurement, Measurement]]:
+    def within(self, budget: Budget, corrections: int, progress: Progress) -> tuple[Plan, Times]:
         """Pick, build, measure; correct the budget by what measuring says; until measured and asked agree.
 
         A plan is good enough when it is not over the budget by more than the tolerance. Of those the least loss is kept. The
@@ -100,7 +104,7 @@ class Search:
         """
         low, high = 0, len(self.front) - 1
         index = self._index(budget.of_ns(self.front.original_ns))
-        kept: tuple[Plan, tuple[Measurement, Measurement]] | None = None
+        kept: tuple[Plan, Times] | None = None
         for step in range(corrections + 1):
             plan = self.front.plan(index)
             measured = self.measure(plan)
@@ -126,7 +130,7 @@ class Search:
         except BudgetError:
             return 0
 
-    def _fastest(self, budget: Budget) -> tuple[Plan, tuple[Measurement, Measurement]]:
+    def _fastest(self, budget: Budget) -> tuple[Plan, Times]:
         """The fastest plan there is, if it meets the budget."""
         plan = self.front.plan(0)
         measured = self.measure(plan)

@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TypeAlias
 
 import numpy as np
 
@@ -22,18 +21,15 @@ from fxmerge.algebra.affine import Affine
 from fxmerge.budget import Budget
 from fxmerge.core.plan import ParetoFront, Plan
 from fxmerge.core.segment import Candidate
-from fxmerge.core.table import ImportanceTable, Measurement
+from fxmerge.core.table import ImportanceTable
 from fxmerge.measure.progress import Progress
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.search import Search
+from fxmerge.search import Search, Times
 from fxmerge.solve.belief import Belief
 from fxmerge.solve.frontier import solve_tables
 from fxmerge.solve.space import restrict
 
 log = logging.getLogger(__name__)
-
-#: The folded original and the merged network of a plan, timed in turn.
-Times: TypeAlias = tuple[Measurement, Measurement]
 
 #: Plans fitted on few images before one is chosen, and how many of the best are then fitted on all.
 TRIALS, _FINALS = 16, 3
@@ -84,7 +80,7 @@ def best_near(
         if one.merges == plan.merges:
             break
         again = search.measure(one)  # of several that were timed once, those pass first that the clock was kind to
-        if timings.share(again) <= 1 + search.tolerance:
+        if timings.within(again):
             return one, again, scorer.fit(findings, one, batches)
     return plan, times, scorer.fit(findings, plan, batches)
 
@@ -106,20 +102,24 @@ class Timings:
     def add(self, plan: Plan, times: Times) -> None:
         """A plan was timed."""
         self.times[plan.merges] = times
-        self.per_ns.append(self.share(times) / max(1, plan.latency_ns or 1))
+        self.per_ns.append(self._share(times) / max(1, plan.latency_ns or 1))
 
     def meet(self, plan: Plan) -> bool:
         """Whether a plan meets the budget; it is timed, and the store keeps that, if it was not yet."""
         if plan.merges not in self.times:
             self.add(plan, self.search.measure(plan))
-        return self.share(self.times[plan.merges]) <= 1 + self.search.tolerance
+        return self.within(self.times[plan.merges])
 
     @property
     def most_ns(self) -> int:
         """How long a plan may take by the tables, so that about half of those that do would be within the tolerance."""
         return max(self.search.front.fastest_ns, math.floor((1 + self.search.tolerance) / statistics.median(self.per_ns)))
 
-    def share(self, times: Times) -> float:
+    def within(self, times: Times) -> bool:
+        """Whether they meet the budget, to the tolerance."""
+        return self._share(times) <= 1 + self.search.tolerance
+
+    def _share(self, times: Times) -> float:
         """How much of the budget is taken."""
         original, merged = times
         return max(1, merged.median_ns) / self.budget.of_ns(original.median_ns)

@@ -132,7 +132,6 @@ def test_no_plan_is_taken_that_takes_longer_than_asked_though_the_tables_say_oth
 
 
 def test_a_first_timing_that_was_too_slow_keeps_no_plan_out_that_meets_the_budget(found: Survey) -> None:
-    timings, _ = begun(found, 1.3)
     timings = Timings(Search(found, 0.03, Slower(0.08, first=1)), Budget(1 / 1.3))
     start = timings.search.front.plan(timings.search.front.index(int(timings.search.front.original_ns / 1.42)))
     timings.add(start, timings.search.measure(start))

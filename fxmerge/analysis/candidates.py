@@ -4,8 +4,7 @@
 segment's prunable convolutions composes to, and of the subsets that give one geometry the one that keeps the largest sum of L1
 norms. Subsets are not enumerated: unit by unit, the best subset for every geometry reached so far is kept.
 *Fitted* candidates are one convolution of any kernel up to the composed one, also in groups if asked for, its weights to be
-fitted to data. *Identity* drops
-the segment altogether.
+fitted to data. *Identity* drops the segment altogether.
 
 A norm that depends on its input (group, layer, instance) is taken out as an activation is: in a composed candidate a scale and a
 shift of every channel, fitted to data, stand for it; a fitted one does without, or has one norm of the same kind behind its

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,7 @@ import fxmerge
 from benchmarks import imagenet
 from benchmarks.made_up import MadeUp
 from tests.fakes import PriceTimer
-
-ROOT = Path(__file__).parents[2]
+from tests.launches import launched
 
 
 @pytest.fixture
@@ -75,18 +71,16 @@ def test_a_row_is_compressed_trained_and_reported(method: str, data: Path, tmp_p
 
 @pytest.mark.filterwarnings("ignore:.*too few")
 def test_a_row_of_the_deeper_network_by_two_processes(data: Path, tmp_path: Path) -> None:
-    """torchrun is what ``accelerate launch --multi_gpu`` starts; here on the CPU. The first process compresses and reports."""
+    """The first process compresses and reports."""
     torch.manual_seed(0)
     weights, out = tmp_path / "weights.safetensors", tmp_path / "out"
     save_file(torchvision.models.resnet34(weights=None, num_classes=2).state_dict(), weights)
-    launch = "torch.distributed.run --standalone --nproc_per_node 2 -m tests.benchmarks.launched_imagenet"
-    command = [
-        *(sys.executable, "-m", *launch.split(), "--data", str(data), "--row", "resnet34-1.36", "--out", str(out)),
+    done = launched(
+        "tests.benchmarks.launched_imagenet",
+        *("--data", str(data), "--row", "resnet34-1.36", "--out", str(out)),
         *("--method", "layermerge", "--weights", str(weights), "--calibration", "4", "--epochs", "1", "--batch", "4"),
         *("--latency-batch", "1", "--size", "32", "--workers", "0"),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((out / "row.json").read_text(encoding="utf-8"))["rows"]
     assert rows[-1][1:] == ["74.26", "", "1.36x"]
