@@ -29,6 +29,14 @@ class Budget:
         """
         return original_ns * self.fraction if self.fraction is not None else (self.latency_ms or 0.0) * 1e6
 
+    def share(self, original_ns: int, ns: int) -> float:
+        """How much of it a network takes that runs in ``ns``, beside a folded original of ``original_ns``; 1 is all, and above 0.
+
+        >>> Budget(fraction=0.5).share(40, 15), Budget(latency_ms=2.0).share(40, 3000000)
+        (0.75, 1.5)
+        """
+        return max(1, ns) / self.of_ns(original_ns)
+
 
 def asked_fraction(speedup: float | None, fraction: float | None, latency_ms: float | None) -> float | None:
     """The budget as a fraction of the folded original's latency; None where it is absolute.

@@ -108,7 +108,7 @@ class Search:
         for step in range(corrections + 1):
             plan = self.front.plan(index)
             measured = self.measure(plan)
-            ratio = measured[1].median_ns / budget.of_ns(measured[0].median_ns)
+            ratio = budget.share(*(m.median_ns for m in measured))
             log.info("plan of %.3f ms predicted takes %.3f of the budget", (plan.latency_ns or 0) / 1e6, ratio)
             progress(step + 1, corrections + 1)
             if ratio <= 1 + self.tolerance:
@@ -135,8 +135,8 @@ class Search:
         plan = self.front.plan(0)
         measured = self.measure(plan)
         original, least = (m.median_ns for m in measured)
-        asked = budget.of_ns(original)
-        if least > asked * (1 + self.tolerance):
+        if budget.share(original, least) > 1 + self.tolerance:
+            asked = budget.of_ns(original)
             raise BudgetError(
                 f"asked for {asked / 1e6:.3f} ms ({original / asked:.2f}x); the fastest plan there is takes {least / 1e6:.3f} ms, "
                 f"measured ({original / least:.2f}x). Ask for that or less, or offer more candidates (space=, max_kernel=).",

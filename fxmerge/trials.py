@@ -122,7 +122,7 @@ class Timings:
     def _share(self, times: Times) -> float:
         """How much of the budget is taken."""
         original, merged = times
-        return max(1, merged.median_ns) / self.budget.of_ns(original.median_ns)
+        return self.budget.share(original.median_ns, merged.median_ns)
 
 
 def try_plans(timings: Timings, plan: Plan, scorer: Reconstruction, trials: int, progress: Callable[[int], None]) -> list[Plan]:

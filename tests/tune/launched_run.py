@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxmerge.tune import Epoch, Recipe, calibrate_norms, fine_tune
@@ -29,6 +30,10 @@ def main(folder: Path, kind: str) -> None:
     loader = DataLoader(labelled, batch, shuffle=True)
     listed = [(images(48)[i : i + batch], torch.arange(48)[i : i + batch] % 5) for i in range(0, 48, batch)]
     told: list[Epoch] = []
+    ran_in = _Dtypes()
+    for module in student.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(ran_in)
     trained = fine_tune(
         student,
         listed if kind == "list" else loader,
@@ -42,7 +47,18 @@ def main(folder: Path, kind: str) -> None:
     )
     rank = accelerator.process_index
     save_file({name: tensor.clone() for name, tensor in held(trained).items()}, folder / f"{rank}.safetensors")
-    (folder / f"{rank}.json").write_text(json.dumps([[epoch.step, epoch.metric] for epoch in told]), encoding="utf-8")
+    about = {"told": [[epoch.step, epoch.metric] for epoch in told], "ran in": sorted(ran_in)}
+    (folder / f"{rank}.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+class _Dtypes(set[str]):
+    """Of what convolutions gave; a copied network notes them in the same set."""
+
+    def __deepcopy__(self, memo: object) -> _Dtypes:
+        return self
+
+    def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self.add(str(output.dtype))
 
 
 if __name__ == "__main__":
