@@ -9,7 +9,6 @@ Every row is kept as it is found, in NETWORK.rows.jsonl in the folder --tables, 
 was interrupted goes on (training, too), and single rows can be run; the report is of all rows kept with these settings. Methods:
 
     fxmerge      all candidates, importance and weights in closed form
-    capacity     the same, but convolutions and weights that are gone count as losses, too: for networks that are trained then
     composed     the published candidates (LayerMerge's), our importance and fit
     activations  depth compression's (activations only), our importance and fit
     layers       layers dropped whole, our importance and fit

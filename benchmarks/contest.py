@@ -56,24 +56,16 @@ class Method:
         space: which candidates are offered; None where depth is kept.
         objective: what plans are ranked by.
         fitted: whether weights are fitted in closed form, and importance is measured so.
-        capacity: how much a loss counts the convolutions and weights that are gone.
     """
 
     label: str
     space: Literal["joint", "composed", "activations", "layers"] | None = None
     objective: Literal["additive-loss", "layermerge"] = "additive-loss"
     fitted: bool = True
-    capacity: float = 0.0
-
-    @property
-    def scorer(self) -> fxmerge.Reconstruction:
-        """What fits its weights."""
-        return fxmerge.Reconstruction(capacity=self.capacity)
 
 
 METHODS: Mapping[str, Method] = {
     "fxmerge": Method(label="fxmerge", space="joint"),
-    "capacity": Method(label="fxmerge, capacity counted", space="joint", capacity=3.0),
     "composed": Method(label="published candidates, our fit", space="composed"),
     "activations": Method(label="activations only, our fit", space="activations"),
     "layers": Method(label="layers only, our fit", space="layers"),
@@ -166,17 +158,16 @@ class Contest:
     def useful(self) -> tuple[fxmerge.Proposal, ...]:
         return fxmerge.worthwhile(self.proposals, self.latency, self.findings.region)
 
-    def importance(self, method: Method) -> fxmerge.ImportanceTable:
+    @cached_property
+    def importance(self) -> fxmerge.ImportanceTable:
         """Of all candidates, in closed form."""
-        scorer = SCORER or method.scorer
 
         def measure() -> fxmerge.ImportanceTable:
             return fxmerge.measure_importance(
-                self.findings, self.useful, self.calibration, scorer=scorer, latency=self.latency, store=self.store
+                self.findings, self.useful, self.calibration, scorer=SCORER, latency=self.latency, store=self.store
             )
 
-        name = f"importance-{method.capacity:g}" if method.capacity else "importance"
-        table: fxmerge.ImportanceTable = self._kept(name, fxmerge.ImportanceTable, measure)
+        table: fxmerge.ImportanceTable = self._kept("importance", fxmerge.ImportanceTable, measure)
         return table
 
     @cached_property
@@ -228,7 +219,7 @@ class Contest:
 
     def survey(self, method: Method) -> Survey:
         batches = fxmerge.as_batches(self.calibration, self.graph)
-        table = self.importance(method) if method.fitted else self.published_importance
+        table = self.importance if method.fitted else self.published_importance
         offered = self.offered(method.space)
         return Survey(self.name, self.findings, offered, batches, self.latency, table, (self.example,), fxmerge.Target())
 
@@ -259,8 +250,6 @@ class Contest:
             parts.append(f"{options.scorer_steps} steps of {SCORER_BATCH} a candidate, {HOLD_OUT} held out")
         elif METHODS[method].space and options.trials != TRIALS:
             parts.append(f"{options.trials} plans tried")
-        if METHODS[method].capacity:
-            parts.append(f"capacity {METHODS[method].capacity:g}")
         if method == "channels":
             parts.append(f"importance {options.importance}, rounded to {options.round_to}")
         return ", ".join([*parts, f"batch {options.latency_batch}"])
@@ -277,7 +266,7 @@ class Contest:
         if method.fitted:
             with timed(self.costs, "fit (several plans a start)"):
                 plan, measured, weights = best_near(
-                    search, found, Budget(1 / asked), method.scorer, _silent, trials=self.options.trials
+                    search, found, Budget(1 / asked), fxmerge.Reconstruction(), _silent, trials=self.options.trials
                 )
         student, merged = build_networks(self.findings, plan, weights)
         fxmerge.save_student(student, plan, self.example, folder / "closed form")

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -24,11 +24,10 @@ from fxmerge.algebra.affine import Affine
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import Plan
-from fxmerge.core.segment import Candidate, Proposal, Segment, narrowed
+from fxmerge.core.segment import Proposal, Segment, narrowed
 from fxmerge.core.table import Importance, bounded
 from fxmerge.errors import InputError, PlanMismatchError
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, last_images
-from fxmerge.measure.capacity import Capacity
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
 from fxmerge.measure.fitting import Fitting, grouped, held_bytes
@@ -66,8 +65,6 @@ class Reconstruction:
         through: rounds in which the weights of a merge are fitted through the activation behind it; 0 for none.
         stay: fit the layers that stay, too, to what the student feeds them; or the names of the nodes of those that are fitted
             (of a norm's, where one is behind the convolution), if no merge has taken them.
-        capacity: for a network that will be trained, 3 say: how much losing all convolutions would add to a loss, and losing all
-            weights as much again (:mod:`fxmerge.measure.capacity`); what a plan is said to lose then holds that, too.
         seed: of the sampling of positions.
     """
 
@@ -83,7 +80,6 @@ class Reconstruction:
     memory_bytes: int = 4 << 30
     through: int = 10
     stay: bool | Sequence[str] = True
-    capacity: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,16 +94,14 @@ class Reconstruction:
             object.__setattr__(self, "stay", tuple(self.stay))
         require_number("ridge", self.ridge, "a number from 0 on", lambda ridge: 0 <= ridge < math.inf)
         require_number("hopeless", self.hopeless, "a positive number", lambda loss: loss > 0)
-        require_number("capacity", self.capacity, "a number from 0 on", lambda capacity: 0 <= capacity < math.inf)
 
     @property
     def settings(self) -> str:
         """All options that decide a score."""
         name = function_name(self.divergence or divergence)
-        others = ("divergence", "shares", "coarse_images", "through", "stay", "capacity")
+        others = ("divergence", "shares", "coarse_images", "through", "stay")
         numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in others]
         numbers += [] if self.shares is None else [f"shares={function_name(self.shares)}"]
-        numbers += [f"capacity={self.capacity!r}"] if self.capacity else []
         return f"reconstruction on images held out divergence={name} {' '.join(numbers)}"
 
     def alone(self) -> Reconstruction:
@@ -253,7 +247,6 @@ class _Work(Fitting):
     def scores(self, proposals: Sequence[Proposal], maps: Mapping[str, Affine]) -> dict[str, Importance]:
         """How far the output moves for each candidate alone."""
         pending = {c.id: c for p in proposals for c in p.candidates if not c.exact}
-        taken = {c.id: self.taken(p.segment, c) for p in proposals for c in p.candidates}
         segments = {c.id: p.segment for p in proposals for c in p.candidates}
         scores = {c.id: Importance(0.0, 0, "exact") for p in proposals for c in p.candidates if c.exact}
         sums = dict.fromkeys(pending, 0.0)
@@ -269,10 +262,10 @@ class _Work(Fitting):
                     changed = self.replay.output_with(env, candidate.exit, value)
                     sums[name] += self.divergence(reference, changed, batch)
                     if not sums[name] <= self.options.hopeless * weight:
-                        scores[name] = Importance(mean_loss(sums[name], weight) + taken[name], images, "reconstruction")
+                        scores[name] = Importance(mean_loss(sums[name], weight), images, "reconstruction")
                         del pending[name]
         for name in pending:
-            scores[name] = Importance(mean_loss(sums[name], weight) + taken[name], images, "reconstruction")
+            scores[name] = Importance(mean_loss(sums[name], weight), images, "reconstruction")
         return scores
 
     def loss_of(self, plan: Plan, weights: Mapping[str, Affine]) -> float:
@@ -292,15 +285,7 @@ class _Work(Fitting):
                 changed = self.replay.values(batch, replaced=taken)[self.replay.output]
                 total += self.divergence(reference, changed, batch)
                 weight += self.weight_of(batch)
-        return mean_loss(total, weight) + sum(self.taken(segments[merge.id], merge) for merge in plan.merges)
-
-    def taken(self, segment: Segment, candidate: Candidate) -> float:
-        """What a candidate adds to its loss by what it takes of the network's capacity."""
-        return self.options.capacity * self.capacity.lost(segment, candidate)
-
-    @cached_property
-    def capacity(self) -> Capacity:
-        return Capacity(self.findings)
+        return mean_loss(total, weight)
 
 
 def mean_loss(total: float, weight: float) -> float:

@@ -26,7 +26,7 @@ from fxmerge.measure.calibration import Batch, as_batches
 from fxmerge.measure.digests import data_digest, network_digest
 from fxmerge.measure.executors import Executor, ExecutorName, as_executor
 from fxmerge.measure.reconstruction import Reconstruction
-from fxmerge.measure.screening import DRAWS, MOST_LOSS, wanted
+from fxmerge.measure.screening import DRAWS, wanted
 from fxmerge.measure.store import Store, key_of
 from fxmerge.measure.study import Subject
 from fxmerge.solve.objective import Objective
@@ -148,12 +148,11 @@ def score(
     known = work.scores(coarse, proposals, 0, 2 * _count(proposals))
     done = _count(proposals)
     fine: set[str] = set()
-    most = MOST_LOSS + 2 * fitter_of(scorer).capacity  # as much as plans lose at all of the capacity
     for number in range(_ROUNDS):
         draws = _FEW_DRAWS if number else DRAWS
-        rough = ImportanceTable(known)
-        found = wanted(findings.region, proposals, latency, rough, findings.fingerprint, objective, draws=draws, most_loss=most)
-        kept = found - fine
+        kept = (
+            wanted(findings.region, proposals, latency, ImportanceTable(known), findings.fingerprint, objective, draws=draws) - fine
+        )
         chosen = narrowed(proposals, lambda candidate, kept=kept: candidate.id in kept)  # type: ignore[misc]
         if not chosen:
             break

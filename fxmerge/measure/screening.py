@@ -26,7 +26,7 @@ from fxmerge.solve.objective import Objective
 SIGMA = 0.5
 DRAWS = 24
 _POINTS = 256  # of a front that are looked at
-MOST_LOSS = 2.0  # plans that lose more are wanted by nobody
+_MOST_LOSS = 2.0  # plans that lose more are wanted by nobody
 
 
 def wanted(
@@ -39,7 +39,7 @@ def wanted(
     *,
     sigma: float = SIGMA,
     draws: int = DRAWS,
-    most_loss: float = MOST_LOSS,
+    most_loss: float = _MOST_LOSS,
     seed: int = 0,
 ) -> frozenset[str]:
     """The ids of the candidates that are in a plan of some front near the rough one.
