@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: Plans fitted on few images before one is chosen, and how many of the best are then fitted on all.
 TRIALS, _FINALS = 16, 3
+#: Plans timed before a plan is timed only where it is the nearest so far: the median of one is what noise makes of it.
+_TIMED = 3
 #: Tables drawn, at most, until one asks for a plan that was not tried; points of their fronts.
 _DRAWS, _POINTS = 16, 1024
 
@@ -112,8 +114,12 @@ class Timings:
 
     @property
     def most_ns(self) -> int:
-        """How long a plan may take by the tables, so that about half of those that do would be within the tolerance."""
-        return max(self.search.front.fastest_ns, math.floor((1 + self.search.tolerance) / statistics.median(self.per_ns)))
+        """How long a plan may take by the tables, to take what was asked for.
+
+        The tolerance is left to the clock: of plans that aimed at its end, half failed when they were timed once more, and the plan
+        that the search began with was taken in their place (MobileNetV2 on CIFAR-10 at 1.6x: 80.42 in place of 81.6).
+        """
+        return max(self.search.front.fastest_ns, math.floor(1 / statistics.median(self.per_ns)))
 
     def within(self, times: Times) -> bool:
         """Whether they meet the budget, to the tolerance."""
@@ -146,8 +152,8 @@ def try_plans(timings: Timings, plan: Plan, scorer: Reconstruction, trials: int,
     while pending is not None and len(losses) < trials:
         loss = loss_of(pending)
         log.info("%.3f ms predicted, %d merges: %.4g fitted", (pending.latency_ns or 0) / 1e6, len(pending.merges), loss)
-        if loss < least and timings.meet(pending):  # timed now, so that the next are asked for by what this one takes
-            least = loss
+        if loss < least or len(timings.per_ns) < _TIMED:  # timed now, so that the next are asked for by what this one takes
+            least = min(least, loss) if timings.meet(pending) else least
         belief.observe(pending, loss)
         losses[pending.merges] = loss, len(losses), pending
         progress(len(losses))

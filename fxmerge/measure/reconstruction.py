@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from fxmerge.algebra.affine import Affine
+from fxmerge.algebra.least_squares import unknowns
 from fxmerge.analysis.segments import Findings
 from fxmerge.core.options import require_number, require_whole
 from fxmerge.core.plan import Plan
 from fxmerge.core.segment import Proposal, Segment, narrowed
 from fxmerge.core.table import Importance, bounded
 from fxmerge.errors import InputError, PlanMismatchError
+from fxmerge.graph.meta import facts
 from fxmerge.measure.calibration import Batch, as_batches, images_in, in_parts, last_images
 from fxmerge.measure.digests import function_name
 from fxmerge.measure.divergence import divergence
@@ -35,10 +37,11 @@ from fxmerge.measure.progress import Progress
 from fxmerge.measure.refit import Walk, with_weights
 from fxmerge.measure.shelf import Shelf
 from fxmerge.measure.substitution import counting
+from fxmerge.operators import Map
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
 
-#: Of a rough fit: images, for the weights and for the loss, positions at least, and positions for every unknown.
+#: Of a rough fit: images, for the weights at least and for the loss at most, positions at least, and positions for every unknown.
 _ROUGH_IMAGES, _ROUGH_ROWS, _ROUGH_RATIO = 256, 4096, 4
 
 
@@ -197,12 +200,18 @@ class Reconstruction:
         return judge, work
 
     def rough(self, findings: Findings, batches: Sequence[Batch]) -> Callable[[Plan], float]:
-        """What fits a plan to a part of the images, on fewer positions, and gives its loss on others, which the fit never saw."""
+        """What fits a plan on fewer positions, of a part of the images if those have enough, and gives its loss on others.
+
+        The fit never saw these. Where maps are small, it takes more images to have positions for all unknowns: over plans of
+        MobileNetV2 on CIFAR-10, whose last maps are 2x2, the logarithms of the losses of rough fits to 256 images and of fits to
+        768 went together by 0.74, those of rough fits to 768 by 0.99, in 1.6 times the time.
+        """
         few = replace(self.on_fewer_positions(), fit_images=None)
         batches = counting(self.shares, batches, findings.graph)
         images = sum(map(images_in, batches))
         held = min(_ROUGH_IMAGES, images // 3)
-        learn = few.work(findings, in_parts(batches, findings.graph, _ROUGH_IMAGES, limit=min(_ROUGH_IMAGES, images - held)))
+        most = max(_ROUGH_IMAGES, images_for(findings, self.rows_per_unknown))
+        learn = few.work(findings, in_parts(batches, findings.graph, _ROUGH_IMAGES, limit=min(most, images - held)))
         judge = few.work(findings, last_images(batches, findings.graph, held) if held else learn.batches)
         judge.fixed = learn.fixed
         return lambda plan: judge.loss_of(plan, learn.fit(plan))
@@ -286,6 +295,17 @@ class _Work(Fitting):
                 total += self.divergence(reference, changed, batch)
                 weight += self.weight_of(batch)
         return mean_loss(total, weight)
+
+
+def images_for(findings: Findings, rows_per_unknown: int) -> int:
+    """So many images that every convolution of a network has this many positions for each unknown of a filter."""
+    wanted = 0
+    for node, verdict in findings.verdicts.items():
+        shape = facts(node).shape
+        if isinstance(verdict, Map) and verdict.role == "convolution" and shape is not None:
+            places = math.prod(shape[1:]) // verdict.geometry.out_channels
+            wanted = max(wanted, math.ceil(rows_per_unknown * unknowns(verdict.geometry) / max(1, places)))
+    return wanted
 
 
 def mean_loss(total: float, weight: float) -> float:

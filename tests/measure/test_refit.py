@@ -15,6 +15,7 @@ from fxmerge.algebra.affine import Affine
 from fxmerge.algebra.least_squares import NormalEquations, patches
 from fxmerge.algebra.through import Rows
 from fxmerge.measure.divergence import divergence
+from fxmerge.measure.reconstruction import images_for
 from fxmerge.measure.refit import with_weights
 from fxmerge.measure.shelf import Shelf
 from fxmerge.operators import Map, Site, default_operators
@@ -287,6 +288,35 @@ def test_a_rough_fit_is_judged_on_images_that_it_never_saw(found) -> None:  # ty
     weights = few.fit(findings, plan, fxmerge.as_batches(data[:60], findings.graph, batch_size=32, seed=None))
     unseen = few.work(findings, fxmerge.as_batches(data[60:], findings.graph, seed=None)).loss_of(plan, weights)
     assert fxmerge.Reconstruction().rough(findings, batches)(plan) == pytest.approx(unseen, rel=1e-3)
+
+
+@pytest.mark.parametrize(("most", "images_fitted_to"), [(8, 16), (1000, 60)])
+def test_a_rough_fit_takes_as_many_images_as_the_smallest_maps_need(found, monkeypatch, most: int, images_fitted_to: int) -> None:  # type: ignore[no-untyped-def]
+    findings, candidates = found
+    plan = fxmerge.Plan(findings.fingerprint, (first_block(candidates),))
+    monkeypatch.setattr("fxmerge.measure.reconstruction._ROUGH_IMAGES", 16)
+    monkeypatch.setattr("fxmerge.measure.reconstruction.images_for", lambda *_: most)
+    gathered = list[int]()
+    monkeypatch.setattr(fxmerge.Reconstruction, "work", watched(fxmerge.Reconstruction.work, gathered))
+    fxmerge.Reconstruction().rough(findings, fxmerge.as_batches(images(76), findings.graph))(plan)
+    assert gathered == [images_fitted_to, 16]
+
+
+def watched(work, gathered: list[int]):  # type: ignore[no-untyped-def]
+    """Notes how many images each piece of work is given."""
+
+    def call(self, findings, batches):  # type: ignore[no-untyped-def]
+        gathered.append(sum(len(batch[0]) for batch in batches))
+        return work(self, findings, batches)
+
+    return call
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(8, 2), (4, 7), (2, 28)])
+def test_small_maps_ask_for_more_images(size: int, wanted: int) -> None:
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 1))
+    findings = fxmerge.find_segments(fxmerge.trace(layers, torch.zeros(1, 3, size, size)))
+    assert images_for(findings, 4) == wanted  # 27 weights and a bias, four times, over the positions of a map
 
 
 @pytest.mark.parametrize("shares", [None, lambda batch: (batch[0][:, 0, 0, 0] == 77).float()])
